@@ -1,0 +1,45 @@
+# make demo   install and compare the methods on digits, with a calibration report
+# make test   install with the test tools, lint, type-check and run the suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One BLAS/OpenMP thread a process: two pytest workers on two cores beat four threads fighting.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false
+
+.PHONY: demo test check format slow bench clean
+.DEFAULT_GOAL := test
+
+# The stamps make a second call skip the installation until the dependency lists change.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/uq compare digits --out reports/digits
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(TEST_ENV) $(BIN)/pytest -n 2
+
+slow: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/pytest -n 2 -m slow
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.run core
+
+clean:
+	rm -rf $(VENV) reports .pytest_cache .mypy_cache .ruff_cache

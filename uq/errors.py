@@ -1,0 +1,33 @@
+"""Errors and warnings of uq. Each refines a built-in, so ``except ValueError`` keeps working."""
+
+
+class UQError(Exception):
+    """Base class of every error that uq raises itself."""
+
+
+class ParameterError(UQError, ValueError):
+    """A constructor or call argument has a value that cannot be used."""
+
+
+class DataError(UQError, ValueError):
+    """Data has a shape, type or content that cannot be used."""
+
+
+class NoEpistemicError(UQError, NotImplementedError):
+    """The distribution carries no epistemic uncertainty: it comes from a single parameter value."""
+
+
+class NonFiniteLossError(UQError, ArithmeticError):
+    """Training reached a loss that is NaN or infinite."""
+
+
+class ModelFileError(UQError, ValueError):
+    """A model file is not one of uq's, is damaged, or does not match the installed version."""
+
+
+class SaveError(UQError, OSError):
+    """A file could not be written; whatever was at its place before is unchanged."""
+
+
+class FitInterruptedWarning(UserWarning):
+    """Training was interrupted; the estimator keeps what it had learned by then."""

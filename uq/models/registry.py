@@ -1,0 +1,114 @@
+"""The one list of methods: what they are called, where they live, what they cost.
+
+Everything that goes through all methods (the command line, ``uq.methods()``, the contract tests)
+reads this list, so that a new method is covered everywhere by adding its line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+from uq.errors import ParameterError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Task = Literal["classification", "regression"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of ``uq.methods()``."""
+
+    name: str
+    module: str
+    tasks: tuple[Task, ...]
+    cost: str
+    needs: str
+    paper: str
+
+    def class_name(self, task: Task) -> str:
+        """Name of the estimator for ``task``."""
+        return self.name + ("Classifier" if task == "classification" else "Regressor")
+
+
+_BOTH: tuple[Task, ...] = ("classification", "regression")
+
+METHODS: dict[str, Method] = {
+    "ivon": Method(
+        "IVON",
+        "uq.models.ivon",
+        _BOTH,
+        "1 network; S forward passes to predict",
+        "any differentiable network without BatchNorm",
+        "Shen et al., ICML 2024, arXiv 2402.17641",
+    ),
+    "vbll": Method(
+        "VBLL",
+        "uq.models.vbll",
+        _BOTH,
+        "1 network; 1 forward pass to predict",
+        "any network body; Bayesian last layer",
+        "Harrison et al., ICLR 2024, arXiv 2404.11599",
+    ),
+    "ensemble": Method(
+        "Ensemble",
+        "uq.models.ensemble",
+        _BOTH,
+        "M networks; M forward passes to predict",
+        "any network",
+        "Lakshminarayanan et al., NeurIPS 2017, arXiv 1612.01474",
+    ),
+    "map": Method(
+        "MAP",
+        "uq.models.map",
+        _BOTH,
+        "1 network; 1 forward pass to predict",
+        "any network; no epistemic uncertainty",
+        "the deterministic baseline",
+    ),
+}
+
+
+def estimator_class(method: str, task: Task) -> type[Any]:
+    """Return the estimator class of ``method`` (a key of ``METHODS``) for ``task``.
+
+    Raises
+    ------
+    ParameterError
+        If there is no such method, or it does not do ``task``.
+    """
+    found = METHODS.get(method.lower())
+    if found is None:
+        raise ParameterError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}.")
+    if task not in found.tasks:
+        raise ParameterError(f"method {method!r} does not do {task}, only {found.tasks[0]}.")
+    cls: type[Any] = getattr(import_module(found.module), found.class_name(task))
+    return cls
+
+
+def methods() -> pd.DataFrame:
+    """Table of the methods: estimators, tasks, cost, what they need, paper.
+
+    Examples
+    --------
+    >>> import uq
+    >>> uq.methods().loc["ivon", "classifier"]
+    'IVONClassifier'
+    """
+    import pandas as pd
+
+    rows = [
+        {
+            "method": key,
+            "classifier": m.class_name("classification") if "classification" in m.tasks else "",
+            "regressor": m.class_name("regression") if "regression" in m.tasks else "",
+            "cost": m.cost,
+            "needs": m.needs,
+            "paper": m.paper,
+        }
+        for key, m in METHODS.items()
+    ]
+    return pd.DataFrame(rows).set_index("method")
