@@ -1,4 +1,4 @@
-"""Predictive distributions: Pyro distributions that know their quantiles and their two uncertainties."""
+"""Predictive distributions: Pyro distributions with quantiles and a split of uncertainty."""
 
 from uq.distributions.base import Predictive
 from uq.distributions.classification import CategoricalMixture

@@ -168,7 +168,7 @@ class NormalMixture(Predictive):
 
     @property
     def variance(self) -> Tensor:
-        """Predictive variance: ``aleatoric + epistemic`` (aleatoric alone where there is no other)."""
+        """Predictive variance: ``aleatoric + epistemic`` (the former alone without the latter)."""
         return self.aleatoric + self._epistemic()
 
     @property
