@@ -1,3 +1,63 @@
-"""Predictive uncertainty behind one scikit-learn-style API."""
+"""Predictive uncertainty behind one scikit-learn-style API.
+
+``Est().fit(X, y).predict_distribution(X_new)`` gives a Pyro distribution, and
+``uq.calibration.report(dist, y)`` a calibration report on held-out data.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Loaded on first use (PEP 562): `import uq` costs nothing until something is asked of it.
+_EXPORTS = {
+    "EnsembleClassifier": "uq.models.ensemble",
+    "EnsembleRegressor": "uq.models.ensemble",
+    "IVONClassifier": "uq.models.ivon",
+    "IVONRegressor": "uq.models.ivon",
+    "MAPClassifier": "uq.models.map",
+    "MAPRegressor": "uq.models.map",
+    "TableModel": "uq.models.table",
+    "UQError": "uq.errors",
+    "VBLLClassifier": "uq.models.vbll",
+    "VBLLRegressor": "uq.models.vbll",
+    "load": "uq.io",
+    "methods": "uq.models.registry",
+}
+_PARTS = ("calibration", "data", "distributions", "inference", "models", "nn")
+
+__all__ = [*_EXPORTS, *_PARTS]
+
+if TYPE_CHECKING:
+    from uq import calibration as calibration
+    from uq import data as data
+    from uq import distributions as distributions
+    from uq import inference as inference
+    from uq import models as models
+    from uq import nn as nn
+    from uq.errors import UQError as UQError
+    from uq.io import load as load
+    from uq.models.ensemble import EnsembleClassifier as EnsembleClassifier
+    from uq.models.ensemble import EnsembleRegressor as EnsembleRegressor
+    from uq.models.ivon import IVONClassifier as IVONClassifier
+    from uq.models.ivon import IVONRegressor as IVONRegressor
+    from uq.models.map import MAPClassifier as MAPClassifier
+    from uq.models.map import MAPRegressor as MAPRegressor
+    from uq.models.registry import methods as methods
+    from uq.models.table import TableModel as TableModel
+    from uq.models.vbll import VBLLClassifier as VBLLClassifier
+    from uq.models.vbll import VBLLRegressor as VBLLRegressor
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f"uq.{name}")
+    if name in _EXPORTS:
+        value = getattr(import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'uq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

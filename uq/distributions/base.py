@@ -61,6 +61,10 @@ class Predictive(TorchDistribution):
         """Summarise each row in a DataFrame."""
 
     @abstractmethod
+    def cpu(self) -> Self:
+        """Return the same distribution with its tensors on the CPU."""
+
+    @abstractmethod
     def _rows(self, key: Any) -> Self:
         """Distribution of the rows that ``key`` selects along the first batch dimension."""
 

@@ -99,6 +99,10 @@ class CategoricalMixture(Predictive):
     def _with(self, logits: Tensor) -> Self:
         return type(self)(logits, classes=self.classes, validate_args=False)
 
+    def cpu(self) -> Self:
+        """Return the same distribution with its tensors on the CPU."""
+        return self._with(self.logits.cpu())
+
     def _rows(self, key: Any) -> Self:
         return self._with(self.logits[:, key])
 

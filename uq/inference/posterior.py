@@ -1,0 +1,292 @@
+"""Posteriors: what a method inferred, callable on a tensor.
+
+``posterior(x)`` gives the predictive distribution at the rows of ``x``. Two kinds: a distribution
+over all weights, predicted by Monte Carlo over stacked weight draws (:func:`monte_carlo`), and a
+Bayesian last layer on features, predicted in closed form.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from uq.distributions import NormalMixture, Predictive
+from uq.distributions.classification import CategoricalMixture
+from uq.nn.network import Network
+from uq.nn.vbll import BayesianLastLayer
+
+Weights = dict[str, Tensor]
+MEMORY_BUDGET_MB = 256
+_FEATURE_ROWS = 8192
+
+
+class Posterior(nn.Module, ABC):
+    """What a method inferred. ``state_dict()`` holds all of it."""
+
+    seed: Tensor
+    """Seed of the draws that a prediction uses: predicting twice gives the same numbers."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("seed", torch.tensor(seed))
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return a generator on ``device`` at the stored seed."""
+        return torch.Generator(device).manual_seed(int(self.seed))
+
+    @abstractmethod
+    def forward(self, x: Tensor, n_samples: int = 64) -> Predictive:
+        """Predictive distribution at the rows of ``x``, on the CPU."""
+
+    @abstractmethod
+    def functions(self, x: Tensor, n: int) -> Tensor:
+        """Draw functions and evaluate them at ``x``.
+
+        Returns
+        -------
+        Tensor of shape (n, rows, m or n_classes)
+            Noise-free means, or class probabilities; one draw is one function at all rows.
+        """
+
+
+class WeightPosterior(Posterior):
+    """Posterior over all weights of a network."""
+
+    def __init__(self, network: Network, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.network = network
+
+    @abstractmethod
+    def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
+        """Return a function that gives the next k of n weight draws, stacked on a first axis.
+
+        Draw s must not depend on how the draws are split into calls.
+        """
+
+    @property
+    def max_draws(self) -> int | None:
+        """Number of distinct draws, where it is finite."""
+        return None
+
+    def forward(self, x: Tensor, n_samples: int = 64) -> Predictive:
+        """Mixture over ``n_samples`` weight draws (all of them where there are fewer)."""
+        n = n_samples if self.max_draws is None else self.max_draws
+        draw = self.sampler(n, self.generator(x.device))
+        return self.network.likelihood.predictive(monte_carlo(self.network, draw, n, x))
+
+    def functions(self, x: Tensor, n: int) -> Tensor:
+        """Draw weights; see :meth:`Posterior.functions`."""
+        if self.max_draws is not None:
+            n = min(n, self.max_draws)
+        return _function_values(self(x, n))
+
+
+class DrawsPosterior(WeightPosterior):
+    """A finite set of weight draws of equal weight: ensemble members, one MAP estimate.
+
+    Parameters
+    ----------
+    network : Network
+        Gives the architecture.
+    draws : dict of Tensor
+        Parameters and buffers by name, stacked on a first axis of draws.
+    """
+
+    def __init__(self, network: Network, draws: Weights, seed: int = 0) -> None:
+        super().__init__(network, seed)
+        self._names = list(draws)
+        # Module names hold dots, which buffer names must not.
+        for i, name in enumerate(self._names):
+            self.register_buffer(f"draw_{i}", draws[name])
+
+    @classmethod
+    def stack(cls, networks: list[Network], seed: int = 0) -> DrawsPosterior:
+        """Build the posterior whose draws are the weights of ``networks``."""
+        states = [_weights(network) for network in networks]
+        draws = {k: torch.stack([s[k].detach() for s in states]) for k in states[0]}
+        return cls(networks[0], draws, seed)
+
+    @property
+    def draws(self) -> Weights:
+        """The stacked weights by name."""
+        return {name: getattr(self, f"draw_{i}") for i, name in enumerate(self._names)}
+
+    @property
+    def max_draws(self) -> int:
+        """Number of draws held."""
+        return next(iter(self.draws.values())).shape[0]
+
+    def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
+        """Hand out the stored draws in order."""
+        position = 0
+
+        def draw(k: int) -> Weights:
+            nonlocal position
+            position += k
+            return {name: t[position - k : position] for name, t in self.draws.items()}
+
+        return draw
+
+
+class NormalPosterior(WeightPosterior):
+    """Independent Normals over the weights; the network holds their means.
+
+    Parameters
+    ----------
+    network : Network
+        Means, and the architecture.
+    stds : dict of Tensor
+        Standard deviation of each parameter, by name.
+    """
+
+    def __init__(self, network: Network, stds: Weights, seed: int = 0) -> None:
+        super().__init__(network, seed)
+        self._names = [name for name, _ in network.named_parameters()]
+        for i, name in enumerate(self._names):
+            std = stds.get(name)  # a frozen parameter has none
+            known = dict(network.named_parameters())[name]
+            self.register_buffer(f"std_{i}", torch.zeros_like(known) if std is None else std)
+
+    @property
+    def stds(self) -> Weights:
+        """Standard deviations by parameter name."""
+        return {name: getattr(self, f"std_{i}") for i, name in enumerate(self._names)}
+
+    def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
+        """Draw m + σz, each draw from one flat noise vector of its own."""
+        stds, means = self.stds, dict(self.network.named_parameters())
+        sizes = [std.numel() for std in stds.values()]
+        mean = torch.cat([means[k].detach().reshape(-1) for k in stds])
+        std = torch.cat([s.reshape(-1) for s in stds.values()])
+
+        def draw(k: int) -> Weights:
+            flat = torch.stack(
+                [
+                    torch.randn(mean.shape, generator=generator, dtype=std.dtype, device=std.device)
+                    for _ in range(k)
+                ]
+            )
+            parts = flat.mul_(std).add_(mean).split(sizes, -1)
+            return {
+                name: part.view(k, *stds[name].shape)
+                for name, part in zip(stds, parts, strict=True)
+            }
+
+        return draw
+
+
+class LastLayerPosterior(Posterior):
+    """Deterministic features and a Bayesian last layer.
+
+    Parameters
+    ----------
+    body : Module
+        Maps inputs to features (n, D).
+    head : BayesianLastLayer
+        Posterior over the last layer's weights.
+    """
+
+    def __init__(self, body: nn.Module, head: BayesianLastLayer, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.body = body
+        self.head = head
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features of each row, computed in chunks."""
+        with torch.no_grad():
+            return torch.cat([self.body(rows) for rows in x.split(_FEATURE_ROWS)])
+
+    def forward(self, x: Tensor, n_samples: int = 64) -> Predictive:
+        """Closed form for regression; ``n_samples`` draws of the last layer for classes."""
+        with torch.no_grad():
+            dist = self.head.predictive(self.features(x), n_samples, self.generator(x.device))
+        return dist.cpu()
+
+    def functions(self, x: Tensor, n: int) -> Tensor:
+        """Draw last layers; see :meth:`Posterior.functions`."""
+        with torch.no_grad():
+            return self.head.functions(self.features(x), n, self.generator(x.device)).cpu()
+
+
+def _function_values(dist: Predictive) -> Tensor:
+    if isinstance(dist, CategoricalMixture):
+        return dist.logits.exp()
+    return cast(NormalMixture, dist).loc
+
+
+def _weights(network: nn.Module) -> Weights:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+# -- Monte-Carlo prediction ------------------------------------------------------------------
+
+
+def monte_carlo(
+    network: nn.Module,
+    draw: Callable[[int], Weights],
+    n_draws: int,
+    x: Tensor,
+    *,
+    max_memory_mb: int = MEMORY_BUDGET_MB,
+) -> tuple[Tensor, ...]:
+    """Evaluate ``network`` under many weight draws, vectorised over draws.
+
+    Parameters
+    ----------
+    network : Module
+        Maps x to a tuple of tensors with the rows first; used in eval mode.
+    draw : callable
+        ``draw(k)`` gives the next k weight draws, stacked on a first axis, by name. Weights that
+        it does not name keep the network's own value.
+    n_draws : int
+        Number of draws in total.
+    x : Tensor of shape (rows, …)
+        Inputs.
+    max_memory_mb : int, default=256
+        Bound on the activations of one chunk; draws and rows are split to keep it.
+
+    Returns
+    -------
+    tuple of Tensor
+        What the network returns, on the CPU, with an axis of draws in front.
+    """
+    network.eval()
+    # Some networks need two rows (a squeeze() in user code), none more.
+    elements = _activation_elements(network, x[:2]) / max(1, len(x[:2]))
+    budget = max_memory_mb * 2**20 / x.element_size()
+    rows = int(min(max(len(x), 1), max(32, budget / elements / n_draws)))
+    draws = int(min(n_draws, max(1, budget / elements / rows)))
+    evaluate = vmap(lambda w, rows_x: functional_call(network, w, (rows_x,)), in_dims=(0, None))
+    columns: list[tuple[Tensor, ...]] = []
+    with torch.no_grad():
+        for start in range(0, n_draws, draws):
+            weights = draw(min(draws, n_draws - start))
+            parts = [evaluate(weights, part) for part in x.split(rows)]
+            columns.append(
+                tuple(torch.cat([t.cpu() for t in ts], 1) for ts in zip(*parts, strict=True))
+            )
+    return tuple(torch.cat(ts, 0) for ts in zip(*columns, strict=True))
+
+
+def _activation_elements(network: nn.Module, x: Tensor) -> int:
+    """Elements that the modules of one forward pass put out: what the memory budget counts."""
+    total = x.numel()
+
+    def count(_module: nn.Module, _inputs: object, output: object) -> None:
+        nonlocal total
+        if isinstance(output, Tensor):
+            total += output.numel()
+
+    handles = [m.register_forward_hook(count) for m in network.modules() if not list(m.children())]
+    try:
+        with torch.no_grad():
+            network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total

@@ -1,0 +1,274 @@
+"""Save and load fitted models: one safetensors file, tensors plus a JSON header.
+
+Loading never unpickles and never imports what a file names: a file holds numbers and text, and the
+classes that it may mention are listed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from sklearn.base import BaseEstimator
+from torch import Tensor, nn
+
+from uq.errors import ModelFileError, ParameterError, SaveError
+from uq.models.registry import METHODS
+
+FORMAT = "uq-model"
+FORMAT_VERSION = 1
+
+_CLASSES: dict[str, str] = {
+    m.class_name(task): m.module for m in METHODS.values() for task in m.tasks
+} | {"TableModel": "uq.models.table", "TablePreprocessor": "uq.models.table"}
+
+
+def save(model: BaseEstimator, path: str | Path) -> None:
+    """Write a fitted model to ``path``, atomically.
+
+    Parameters
+    ----------
+    model : estimator
+        A fitted uq estimator or :class:`uq.TableModel`.
+    path : str or Path
+        File to write, by habit with the suffix ``.uq``.
+
+    Raises
+    ------
+    SaveError
+        If the file cannot be written (no such folder, disk full, no permission). Whatever was at
+        ``path`` before is unchanged.
+    ParameterError
+        If the model holds something that cannot be stored as numbers and text.
+    """
+    from uq import __version__
+
+    writer = _Writer()
+    root = writer.encode(model, type(model).__name__)
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "uq": __version__, "model": root}
+    data = to_bytes(writer.tensors, {"uq": json.dumps(header)})
+    write_atomically(path, data)
+
+
+def load(path: str | Path, *, module: Any = None) -> Any:
+    """Load a model written by :meth:`save`.
+
+    Parameters
+    ----------
+    path : str or Path
+        File to read.
+    module : torch.nn.Module or callable, optional
+        The network, for a model that was fitted with ``module=``: code is never stored in a file,
+        so the architecture has to come from you; its weights come from the file.
+
+    Returns
+    -------
+    estimator
+        Fitted; it predicts the same bits as the one saved. ``callbacks`` are not stored, and
+        neither is a ``random_state`` other than an integer.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ModelFileError
+        If the file is damaged, is not a uq model, comes from a newer version, or does not fit
+        ``module``.
+
+    Examples
+    --------
+    >>> import tempfile, uq
+    >>> from sklearn.datasets import load_wine
+    >>> X, y = load_wine(return_X_y=True)
+    >>> model = uq.MAPClassifier(max_epochs=5, random_state=0).fit(X, y)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save(folder + "/wine.uq")
+    ...     again = uq.load(folder + "/wine.uq")
+    >>> bool((model.predict_proba(X) == again.predict_proba(X)).all())
+    True
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model file at {str(path)!r}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "uq" not in metadata:
+                raise ModelFileError(
+                    f"{str(path)!r} is a safetensors file, but not a model saved by uq."
+                )
+            header = json.loads(metadata["uq"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ModelFileError(f"{str(path)!r} is not a uq model, or is damaged: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ModelFileError(f"{str(path)!r} is a safetensors file, but not a model saved by uq.")
+    if header.get("version") != FORMAT_VERSION:
+        raise ModelFileError(
+            f"{str(path)!r} has format version {header.get('version')!r}; this uq reads "
+            f"{FORMAT_VERSION}. It was written by uq {header.get('uq')}; install that version."
+        )
+    try:
+        return _Reader(tensors, module).decode(header["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(
+            f"{str(path)!r} does not hold a usable model: {type(error).__name__}: {error}"
+        ) from error
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` whole or not at all.
+
+    Raises
+    ------
+    SaveError
+        With the reason; the temporary file is removed.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".uq-", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # Temporary files are private to the user; a new file gets the usual permissions.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise SaveError(
+            error.errno, f"cannot write {str(path)!r}: {error.strerror or error}"
+        ) from error
+
+
+class _Writer:
+    """Encodes a model as JSON whose tensors are set aside."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def encode(self, value: Any, where: str) -> Any:
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float):
+            return value if np.isfinite(value) else {"float": repr(value)}
+        if isinstance(value, np.generic):
+            return self.encode(value.item(), where)
+        if isinstance(value, list | tuple):
+            items = [self.encode(v, f"{where}[{i}]") for i, v in enumerate(value)]
+            return {"tuple": items} if isinstance(value, tuple) else items
+        if isinstance(value, dict):
+            pairs = [
+                [self.encode(k, where), self.encode(v, f"{where}.{k}")] for k, v in value.items()
+            ]
+            return {"dict": pairs}
+        if isinstance(value, np.ndarray):
+            if value.dtype.kind in "OSUT":
+                items = [self.encode(v, where) for v in value.ravel().tolist()]
+                text = "str" if value.dtype.kind in "SUT" else "object"
+                return {"array": items, "shape": list(value.shape), "dtype": text}
+            return {"numpy": self._store(torch.from_numpy(np.ascontiguousarray(value)), where)}
+        if isinstance(value, Tensor):
+            return {"tensor": self._store(value, where)}
+        if isinstance(value, nn.Module):
+            state = value.state_dict()
+            return {"module": {k: self._store(t, f"{where}.{k}") for k, t in state.items()}}
+        if isinstance(value, BaseEstimator) and type(value).__name__ in _CLASSES:
+            return self._estimator(value, where)
+        raise ParameterError(
+            f"{where} cannot be saved: a {type(value).__name__} is not plain data."
+        )
+
+    def _store(self, tensor: Tensor, where: str) -> str:
+        # clone: safetensors refuses tensors that share memory.
+        self.tensors[where] = tensor.detach().cpu().contiguous().clone()
+        return where
+
+    def _estimator(self, model: BaseEstimator, where: str) -> dict[str, Any]:
+        params = model.get_params(deep=False)
+        if "callbacks" in params:
+            params["callbacks"] = ()
+        if not isinstance(params.get("random_state"), int | np.integer):
+            params.pop("random_state", None)
+        has_module = params.pop("module", None) is not None
+        fitted = {k: v for k, v in vars(model).items() if k.endswith("_") and not k.startswith("_")}
+        return {
+            "class": type(model).__name__,
+            "needs_module": has_module,
+            "params": {k: self.encode(v, f"{where}.{k}") for k, v in params.items()},
+            "fitted": {k: self.encode(v, f"{where}.{k}") for k, v in fitted.items()},
+        }
+
+
+class _Reader:
+    """Rebuilds what a _Writer encoded."""
+
+    def __init__(self, tensors: dict[str, Tensor], module: Any) -> None:
+        self.tensors = tensors
+        self.module = module
+
+    def decode(self, node: Any) -> Any:
+        if isinstance(node, list):
+            return [self.decode(v) for v in node]
+        if not isinstance(node, dict):
+            return node
+        if "class" in node:
+            return self._estimator(node)
+        ((kind, value), *_) = node.items()
+        if kind == "float":
+            return float(value)
+        if kind == "tuple":
+            return tuple(self.decode(v) for v in value)
+        if kind == "dict":
+            return {self.decode(k): self.decode(v) for k, v in value}
+        if kind == "array":
+            dtype: Any = str if node["dtype"] == "str" else object
+            items = np.empty(len(value), dtype=object)
+            items[:] = [self.decode(v) for v in value]
+            return items.astype(dtype).reshape(node["shape"])
+        if kind == "numpy":
+            return self.tensors[value].numpy()
+        if kind == "tensor":
+            return self.tensors[value]
+        raise ModelFileError(f"unknown entry {kind!r} in the model file.")
+
+    def _estimator(self, node: dict[str, Any]) -> Any:
+        name = node["class"]
+        if name not in _CLASSES:
+            raise ModelFileError(f"the file holds a {name!r}, which this uq does not know.")
+        params = {k: self.decode(v) for k, v in node["params"].items()}
+        if node["needs_module"]:
+            if self.module is None:
+                raise ModelFileError(
+                    f"this {name} was fitted with module=, and code is never stored in a file; "
+                    "pass the network: uq.load(path, module=...)."
+                )
+            params["module"] = self.module
+        model = getattr(import_module(_CLASSES[name]), name)(**params)
+        posterior = None
+        for key, value in node["fitted"].items():
+            if isinstance(value, dict) and "module" in value:
+                posterior = key, value["module"]
+            else:
+                setattr(model, key, self.decode(value))
+        if posterior is not None:
+            key, keys = posterior
+            built = model._build_posterior()  # after the other attributes: they give the shapes
+            state = {k: self.tensors[where] for k, where in keys.items()}
+            built.load_state_dict(state)
+            setattr(model, key, built.eval())
+        return model

@@ -1,0 +1,786 @@
+"""The template that every estimator fills in.
+
+``fit`` reads the data, standardises it, seeds every source of randomness and hands tensors to the
+method's ``_infer``, which returns a posterior; ``predict_distribution`` calls that posterior and
+puts the answer back on the user's scale. A method writes ``_infer`` and ``_build_posterior``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, random_split
+
+from uq.distributions import CategoricalMixture, NormalMixture, Predictive
+from uq.errors import DataError, ParameterError
+from uq.inference.data import ArrayBatches, LoaderBatches
+from uq.inference.posterior import Posterior
+from uq.inference.training import (
+    PRECISIONS,
+    Batches,
+    TrainingResult,
+    TrainingState,
+    isolated_rng,
+    make_fabric,
+    train,
+)
+from uq.models.checks import check_choice, check_finite, check_hidden, check_number
+from uq.nn.bodies import MLP
+from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
+from uq.nn.network import Network, check_width
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from numpy.typing import ArrayLike
+
+_HELD_OUT_ROWS = 8192
+
+T = TypeVar("T")
+Noise = Literal["homoscedastic", "heteroscedastic"]
+Callback = Callable[[TrainingState], Any]
+
+SHARED_PARAMETERS = """\
+module : torch.nn.Module or callable, optional
+        Network to use in place of an MLP: a module, which is copied and never changed, or a
+        factory ``f(d_in, d_out)`` (``d_in`` is the shape of a row where rows are not vectors).
+        It maps a batch to {outputs}.
+        With a module, inputs are taken as they are; otherwise they are standardised.
+    hidden : tuple of int, default=(64, 64)
+        Widths of the MLP's hidden layers, where no ``module`` is given.
+    max_epochs : int, optional
+        Passes over the data. By default as many as give about 5,000 steps, within 20 to 1,000.
+    batch_size : int or None, default=64
+        Rows per step; None takes all rows at once.
+    lr : float, default={lr}
+        Learning rate at its peak; 5 % warm-up, then cosine to 0."""
+
+SHARED_NOISE = """\
+noise : {"homoscedastic", "heteroscedastic"}, default="homoscedastic"
+        One learned noise level per target, or one that the network predicts at each input."""
+
+SHARED_TAIL = """\
+patience : int or None, default={patience}
+        Stop after this many epochs without a better negative log likelihood on a tenth of the rows,
+        held out for it, and keep the best weights. None trains on all rows to the end.
+    device : str, default="auto"
+        "cpu", "cuda", "cuda:1"; "auto" takes CUDA where there is one.
+    precision : {{"32-true", "64-true", "bf16-mixed"}}, default="32-true"
+        Arithmetic of training, in Lightning's names.
+    random_state : int, RandomState or None, default=None
+        Seed of everything random; the same seed gives the same bits on the same device.
+    callbacks : sequence of callable, default=()
+        Called with a :class:`uq.inference.TrainingState` after each epoch; True stops.
+    verbose : int, default=0
+        1 shows a progress bar."""
+
+SHARED_ATTRIBUTES = """\
+posterior_ : uq.inference.Posterior
+        What was inferred; callable on a tensor of (standardised) inputs.
+    history_ : dict of list
+        "train_loss" and "held_out_loss" of each epoch, in nats per row (standardised targets).
+    stop_reason_ : str
+        "max_epochs", "patience", "callback", "interrupted" or "non_finite".
+    n_epochs_ : int
+        Epochs run.
+    n_features_in_ : int
+        Number of features, and ``feature_names_in_`` where X had string column names."""
+
+
+def documented(
+    *,
+    lr: str,
+    patience: str = "None",
+    outputs: str = "logits (n, n_classes), or means (n, m) (2m with heteroscedastic noise)",
+    own: str = "",
+) -> Callable[[type[T]], type[T]]:
+    """Fill the shared parts into a class docstring: ``{shared}``, ``{tail}``, ``{fitted}``."""
+
+    def fill(cls: type[T]) -> type[T]:
+        doc = cls.__doc__ or ""
+        doc = doc.replace("{shared}", SHARED_PARAMETERS.format(lr=lr, outputs=outputs))
+        doc = doc.replace("{own}", own)
+        doc = doc.replace("{noise}", SHARED_NOISE)
+        doc = doc.replace("{tail}", SHARED_TAIL.format(patience=patience))
+        cls.__doc__ = doc.replace("{fitted}", SHARED_ATTRIBUTES)
+        return cls
+
+    return fill
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Independent seeds, so that one more draw somewhere does not move the draws elsewhere."""
+
+    init: int
+    shuffle: int
+    noise: int
+    predict: int
+    split: int
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a method's ``_infer`` gets: batches of (x, y[, weight]) on the device."""
+
+    batches: Batches
+    n_effective: float
+    """Sum of the sample weights: the N of a log likelihood."""
+    held_out: tuple[Tensor, ...] | None
+    fabric: Fabric
+    seeds: Seeds
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Return a generator on the device of the data."""
+        return torch.Generator(self.fabric.device).manual_seed(seed)
+
+
+class Objective(nn.Module, ABC):
+    """Loss of a batch, and the log score that early stopping watches."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Loss of a batch: a mean over rows, in nats."""
+
+    @abstractmethod
+    def held_out_nll(self, x: Tensor, y: Tensor) -> Tensor:
+        """Predictive negative log likelihood of each row at the current weights."""
+
+
+def weighted_mean(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean over rows; ``weight`` has mean 1 over the whole data."""
+    return rows.mean() if weight is None else (rows * weight).mean()
+
+
+class NetworkObjective(Objective):
+    """Mean negative log likelihood of a network."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Mean negative log likelihood of the batch, in nats."""
+        return weighted_mean(self.network.nll(x, y), weight)
+
+    def held_out_nll(self, x: Tensor, y: Tensor) -> Tensor:
+        """Negative log likelihood of each row."""
+        return self.network.nll(x, y)
+
+
+# Constructors are dataclass ones: the signature is the list of fields, stored exactly as given,
+# which is what scikit-learn asks of them. In a class's bases the method goes before the task, so
+# that the method's defaults win.
+estimator = dataclass(kw_only=True, eq=False, repr=False)
+
+
+@estimator
+class Estimator(BaseEstimator, ABC):
+    """Shared by all estimators: data, seeds, training and prediction."""
+
+    module: Any = None
+    hidden: Sequence[int] = (64, 64)
+    max_epochs: int | None = None
+    batch_size: int | None = 64
+    lr: float = 3e-3
+    patience: int | None = None
+    device: str = "auto"
+    precision: str = "32-true"
+    random_state: Any = None
+    callbacks: Sequence[Callback] = ()
+    verbose: int = 0
+
+    posterior_: Posterior = field(init=False)
+    input_shape_: tuple[int, ...] = field(init=False)
+    x_mean_: np.ndarray | None = field(init=False)
+    x_scale_: np.ndarray | None = field(init=False)
+    history_: dict[str, list[float]] = field(init=False)
+    stop_reason_: str = field(init=False)
+    n_epochs_: int = field(init=False)
+
+    # -- what a method writes --------------------------------------------------------------
+
+    @abstractmethod
+    def _infer(self, data: TrainingData) -> tuple[Posterior, TrainingResult]:
+        """Find the posterior."""
+
+    @abstractmethod
+    def _build_posterior(self) -> Posterior:
+        """Return a posterior of the right shapes, to load saved weights into."""
+
+    def _check_parameters(self) -> None:
+        """Check the constructor's arguments; methods extend it by their own."""
+        check_hidden(self)
+        check_number(self, "max_epochs", at_least=1, integer=True, optional=True)
+        check_number(self, "batch_size", at_least=1, integer=True, optional=True)
+        check_number(self, "lr", above=0)
+        check_number(self, "patience", at_least=1, integer=True, optional=True)
+        check_choice(self, "precision", PRECISIONS)
+        if self.module is not None and not callable(self.module):
+            raise ParameterError(
+                f"{type(self).__name__}: module must be a torch.nn.Module, a function "
+                f"f(d_in, d_out) that makes one, or None, got {self.module!r}."
+            )
+
+    # -- what classifier and regressor write -----------------------------------------------
+
+    @abstractmethod
+    def _likelihood(self) -> Likelihood:
+        """Likelihood for the targets that were fitted."""
+
+    @abstractmethod
+    def _learn_targets(self, y: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        """Learn classes or scale from ``y``; return what the network is trained on."""
+
+    @abstractmethod
+    def _learn_target_stream(self, batches: list[np.ndarray]) -> None:
+        """Learn classes or scale from batches of targets."""
+
+    @abstractmethod
+    def _encode_targets(self, y: np.ndarray) -> np.ndarray:
+        """Targets as the network is trained on them."""
+
+    @abstractmethod
+    def _user_scale(self, dist: Any) -> Predictive:
+        """Put a predictive distribution on the user's scale."""
+
+    # -- fit -------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None, sample_weight: ArrayLike | None = None) -> Self:
+        """Fit the model.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor of shape (n, d), or torch Dataset or DataLoader
+            Training inputs. More axes are allowed with ``module``. A Dataset or DataLoader yields
+            (x, y) and leaves ``y`` at None; a DataLoader keeps its own batches, and holds no rows
+            out for ``patience``.
+        y : array-like of shape (n,) or (n, m)
+            Labels (numbers, strings or booleans), or real targets in any unit.
+        sample_weight : array-like of shape (n,), optional
+            Weight of each row, as if the row were there that many times. Not for a Dataset.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        DataError, ValueError
+            If the data has NaN or infinity, a wrong shape, fewer than two rows or one class only.
+        ParameterError
+            If a constructor argument is out of its range, or ``module`` does not fit the data.
+        NonFiniteLossError
+            If the loss ran off. The last good weights are kept: the estimator can predict.
+        """
+        self._check_parameters()
+        fabric = make_fabric(self.device, self.precision)
+        root = check_random_state(self.random_state).randint(2**31)
+        words = np.random.SeedSequence(int(root)).generate_state(5)
+        seeds = Seeds(*(int(w) for w in words))
+        with isolated_rng(seeds.init, fabric.device):
+            if isinstance(X, Dataset | DataLoader):
+                data = self._read_dataset(X, y, sample_weight, fabric, seeds)
+            else:
+                data = self._read_arrays(X, y, sample_weight, fabric, seeds)
+            posterior, result = self._infer(data)
+        self.posterior_ = posterior.eval()
+        self.history_ = result.history
+        self.stop_reason_ = result.stop_reason
+        self.n_epochs_ = len(result.history["train_loss"])
+        if result.error is not None:
+            raise result.error
+        return self
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float64 if self.precision == "64-true" else torch.float32
+
+    @property
+    def _standardizes(self) -> bool:
+        return len(self.input_shape_) == 1 and not isinstance(self.module, nn.Module)
+
+    def _read_arrays(
+        self, X: Any, y: Any, sample_weight: Any, fabric: Fabric, seeds: Seeds
+    ) -> TrainingData:
+        name = type(self).__name__
+        X = _as_numpy(X)
+        X, y = validate_data(
+            self,
+            X,
+            _as_numpy(y),
+            dtype=self._input_dtype(X),
+            allow_nd=self.module is not None,
+            ensure_all_finite=False,
+            **self._target_checks(),
+        )
+        check_finite(X, f"{name}.fit", getattr(self, "feature_names_in_", None))
+        if len(X) < 2:
+            raise DataError(f"{name}.fit needs n_samples >= 2, got n_samples = {len(X)}.")
+        self.input_shape_ = tuple(int(side) for side in X.shape[1:])
+        weight = None
+        if sample_weight is not None:
+            weight = _check_sample_weight(sample_weight, X, dtype=np.float64)
+            if (weight < 0).any() or not weight.any():
+                raise DataError(f"{name}.fit: sample_weight must be >= 0 and not all zero.")
+            # A row of weight 0 is a row that is not there.
+            X, y, weight = X[weight > 0], y[weight > 0], weight[weight > 0]
+        targets = self._learn_targets(y, weight)
+        self._learn_inputs(X, weight)
+
+        arrays = [self._input_tensor(X), torch.as_tensor(targets)]
+        if weight is not None:
+            arrays.append(torch.as_tensor(weight / weight.mean()))
+        tensors = [self._place(a, fabric.device) for a in arrays]
+        held_out = None
+        if self.patience is not None:
+            kept, held = _split(targets, seeds.split)
+            held_out = tuple(t[held] for t in tensors)
+            tensors = [t[kept] for t in tensors]
+            weight = None if weight is None else weight[kept.numpy()]
+        n_effective = float(len(tensors[0]) if weight is None else weight.sum())
+        shuffle = torch.Generator(fabric.device).manual_seed(seeds.shuffle)
+        batches = ArrayBatches(*tensors, batch_size=self.batch_size, generator=shuffle)
+        return TrainingData(batches, n_effective, held_out, fabric, seeds)
+
+    def _read_dataset(
+        self, source: Any, y: Any, sample_weight: Any, fabric: Fabric, seeds: Seeds
+    ) -> TrainingData:
+        name = type(self).__name__
+        if y is not None or sample_weight is not None:
+            raise DataError(
+                f"{name}.fit: a Dataset or DataLoader yields (x, y) itself; leave y and "
+                "sample_weight at None."
+            )
+        held_out_set = None
+        if isinstance(source, DataLoader):
+            loader, survey = source, source
+        else:
+            shuffle = torch.Generator().manual_seed(seeds.shuffle)
+            if self.patience is not None:
+                split = torch.Generator().manual_seed(seeds.split)
+                source, held_out_set = random_split(source, [0.9, 0.1], generator=split)
+            size = self.batch_size or len(source)
+            loader = DataLoader(source, size, shuffle=True, generator=shuffle)
+            survey = DataLoader(source, size)
+        n_rows, targets, scaler = 0, [], StandardScaler()
+        for x, target in survey:
+            if n_rows == 0:
+                self.input_shape_ = tuple(x.shape[1:])
+                if len(self.input_shape_) != 1 and self.module is None:
+                    raise ParameterError(
+                        f"{name}: rows of shape {self.input_shape_} need a network; pass module=."
+                    )
+                self.n_features_in_ = int(self.input_shape_[0])
+            check_finite(x.numpy(), f"{name}.fit", None)
+            if self._standardizes:
+                scaler.partial_fit(x.numpy())
+            n_rows += len(x)
+            targets.append(target.numpy())
+        if n_rows < 2:
+            raise DataError(f"{name}.fit needs n_samples >= 2, got n_samples = {n_rows}.")
+        self._learn_target_stream(targets)
+        self._set_input_scale(scaler if self._standardizes else None)
+
+        def prepare(x: Any, target: Any) -> tuple[Tensor, ...]:
+            encoded = self._encode_targets(target.numpy())
+            both = self._input_tensor(x.numpy()), torch.as_tensor(encoded)
+            return tuple(self._place(t, fabric.device) for t in both)
+
+        held_out = None
+        if held_out_set is not None:
+            held_out = prepare(*next(iter(DataLoader(held_out_set, len(held_out_set)))))
+        batches = LoaderBatches(loader, prepare, n_rows)
+        return TrainingData(batches, float(n_rows), held_out, fabric, seeds)
+
+    def _input_dtype(self, X: Any) -> Any:
+        # Images stay in float32; a table may hold year stamps that float32 would blur
+        # before they are standardised.
+        if self.module is not None and getattr(X, "ndim", 2) > 2:
+            return np.float32
+        return [np.float64, np.float32]
+
+    @abstractmethod
+    def _target_checks(self) -> dict[str, Any]:
+        """Keyword arguments of ``validate_data`` about y."""
+
+    def _learn_inputs(self, X: np.ndarray, weight: np.ndarray | None) -> None:
+        standardizes = self._standardizes
+        self._set_input_scale(
+            StandardScaler().fit(X, sample_weight=weight) if standardizes else None
+        )
+
+    def _set_input_scale(self, scaler: StandardScaler | None) -> None:
+        self.x_mean_ = None if scaler is None else scaler.mean_
+        self.x_scale_ = None if scaler is None else scaler.scale_
+
+    def _input_tensor(self, X: np.ndarray) -> Tensor:
+        if self.x_mean_ is not None:
+            X = (X - self.x_mean_) / self.x_scale_
+        return torch.tensor(X, dtype=self._dtype)
+
+    def _place(self, tensor: Tensor, device: torch.device) -> Tensor:
+        return tensor.to(device, self._dtype if tensor.is_floating_point() else None)
+
+    # -- pieces for methods ----------------------------------------------------------------
+
+    def _example(self) -> Tensor:
+        return torch.zeros(2, *self.input_shape_, dtype=self._dtype)
+
+    def _body(self, d_out: int | None, why: str = "") -> nn.Module:
+        """Make a body with ``d_out`` outputs (any number for None), in the right precision."""
+        shape = self.input_shape_
+        if self.module is None:
+            return MLP(shape[0], self.hidden, d_out).to(self._dtype)
+        if isinstance(self.module, nn.Module):
+            body = copy.deepcopy(self.module)
+        else:
+            d_in = shape[0] if len(shape) == 1 else shape
+            width = d_out if d_out is not None else (self.hidden[-1] if self.hidden else 64)
+            body = self.module(d_in, width)
+            if not isinstance(body, nn.Module):
+                raise ParameterError(
+                    f"{type(self).__name__}: module(d_in, d_out) must return a torch.nn.Module, "
+                    f"got {type(body).__name__}."
+                )
+        body = body.cpu().to(self._dtype)
+        if d_out is not None:
+            check_width(body, self._example(), d_out, why)
+        return body
+
+    def _network(self) -> Network:
+        likelihood = self._likelihood()
+        return Network(
+            self._body(likelihood.n_outputs, self._width_reason()), likelihood.to(self._dtype)
+        )
+
+    @abstractmethod
+    def _width_reason(self) -> str:
+        """Why the network must have the width that it must have."""
+
+    def _n_epochs(self, data: TrainingData) -> int:
+        if self.max_epochs is not None:
+            return self.max_epochs
+        return min(1000, max(20, math.ceil(5000 / len(data.batches))))
+
+    def _train(
+        self,
+        objective: Objective,
+        optimizer: Optimizer,
+        data: TrainingData,
+        *,
+        schedule: Callable[[int], float] | None,
+        clip_norm: float | None = None,
+        extra_state: Sequence[Tensor] = (),
+    ) -> TrainingResult:
+        """Run the training loop with this estimator's settings."""
+        held_out = data.held_out
+
+        def held_out_loss() -> float:
+            assert held_out is not None
+            x, y, *w = held_out
+            rows = torch.cat(
+                [
+                    objective.held_out_nll(*part).double()
+                    for part in zip(x.split(_HELD_OUT_ROWS), y.split(_HELD_OUT_ROWS), strict=True)
+                ]
+            )
+            return float((rows * w[0]).sum() / w[0].sum() if w else rows.mean())
+
+        return train(
+            objective,
+            data.batches,
+            optimizer,
+            fabric=data.fabric,
+            max_epochs=self._n_epochs(data),
+            schedule=schedule,
+            held_out_loss=None if held_out is None else held_out_loss,
+            patience=None if held_out is None else self.patience,
+            clip_norm=clip_norm,
+            extra_state=extra_state,
+            callbacks=self.callbacks,
+            verbose=self.verbose,
+            description=type(self).__name__,
+        )
+
+    # -- predict ---------------------------------------------------------------------------
+
+    def _posterior_at(self, X: Any) -> tuple[Tensor, Any]:
+        """Check ``X``; return it as the posterior takes it, and its index."""
+        check_is_fitted(self)
+        index = getattr(X, "index", None) if hasattr(X, "iloc") else None
+        X = _as_numpy(X)
+        X = validate_data(
+            self,
+            X,
+            reset=False,
+            dtype=self._input_dtype(X),
+            allow_nd=self.module is not None,
+            ensure_all_finite=False,
+        )
+        if tuple(X.shape[1:]) != tuple(self.input_shape_):
+            raise DataError(
+                f"{type(self).__name__}: X has rows of shape {tuple(X.shape[1:])}, but was fitted "
+                f"on rows of shape {tuple(self.input_shape_)}."
+            )
+        check_finite(X, type(self).__name__, getattr(self, "feature_names_in_", None))
+        return self._input_tensor(X).to(self.posterior_.seed.device), index
+
+    def predict_distribution(self, X: Any) -> Predictive:
+        """Predict a distribution for each row.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor of shape (n, d)
+            Inputs.
+
+        Returns
+        -------
+        Predictive
+            Batch shape (n,), or (n, m) for 2-D targets, on the CPU, in target units; a Pyro
+            distribution. Posterior draws are shared by all rows and by all calls.
+        """
+        x, index = self._posterior_at(X)
+        dist = self._user_scale(self.posterior_(x, getattr(self, "n_samples", 1)))
+        dist.index = index
+        return dist
+
+    def sample_functions(self, X: Any, n: int = 10) -> np.ndarray:
+        """Draw functions from the posterior and evaluate them at ``X``.
+
+        Parameters
+        ----------
+        X : array-like of shape (rows, d)
+            Inputs.
+        n : int, default=10
+            Number of functions; at most the number of draws that the posterior holds.
+
+        Returns
+        -------
+        ndarray of shape (n, rows), (n, rows, m) or (n, rows, n_classes)
+            Noise-free means in target units, or class probabilities. One draw is one function:
+            its values at different rows belong together.
+        """
+        x, _ = self._posterior_at(X)
+        return self._function_scale(self.posterior_.functions(x, n).double().numpy())
+
+    @abstractmethod
+    def _function_scale(self, values: np.ndarray) -> np.ndarray:
+        """Put function values on the user's scale."""
+
+    def log_score(self, X: Any, y: Any) -> float:
+        """Mean log predictive density or probability of ``y``, in nats, joint over outputs."""
+        return float(self._log_prob(self.predict_distribution(X), _as_numpy(y)).mean())
+
+    @abstractmethod
+    def _log_prob(self, dist: Any, y: Any) -> Tensor:
+        """Log predictive density of the user's targets."""
+
+    # -- save ------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted estimator to one safetensors file; read it by :func:`uq.load`.
+
+        Raises
+        ------
+        SaveError
+            If the file cannot be written; whatever was at ``path`` before is unchanged.
+        """
+        from uq.io import save
+
+        check_is_fitted(self)
+        save(self, path)
+
+
+@estimator
+class Classifier(ClassifierMixin, Estimator):
+    """Template of the classifiers."""
+
+    classes_: np.ndarray = field(init=False)
+
+    def _likelihood(self) -> Likelihood:
+        return CategoricalLikelihood(len(self.classes_))
+
+    def _width_reason(self) -> str:
+        return f"one logit for each of the {len(self.classes_)} classes"
+
+    def _target_checks(self) -> dict[str, Any]:
+        return {}
+
+    def _learn_targets(self, y: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        y = column_or_1d(y, warn=True)
+        check_classification_targets(y)
+        self.classes_, positions = np.unique(y, return_inverse=True)
+        self._need_two_classes()
+        return positions
+
+    def _learn_target_stream(self, batches: list[np.ndarray]) -> None:
+        self.classes_ = np.unique(np.concatenate(batches))
+        self._need_two_classes()
+
+    def _need_two_classes(self) -> None:
+        if len(self.classes_) < 2:
+            raise DataError(
+                f"{type(self).__name__}.fit needs at least 2 classes in y, got one class only: "
+                f"{self.classes_[0]!r}."
+            )
+
+    def _encode_targets(self, y: np.ndarray) -> np.ndarray:
+        positions = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
+        unknown = self.classes_[positions] != y
+        if unknown.any():
+            raise DataError(
+                f"{type(self).__name__}: y holds the label {np.asarray(y)[unknown][0]!r}, which "
+                "was not in the data that was fitted."
+            )
+        return positions
+
+    def _user_scale(self, dist: CategoricalMixture) -> Predictive:
+        dist.classes = self.classes_
+        return dist
+
+    def _function_scale(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def _log_prob(self, dist: CategoricalMixture, y: Any) -> Tensor:
+        return dist.log_prob(torch.as_tensor(self._encode_targets(column_or_1d(y, warn=True))))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predict the most probable label of each row, shape (n,)."""
+        return self.classes_[np.argmax(self.predict_proba(X), axis=1)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Predict class probabilities, shape (n, n_classes), columns as in ``classes_``."""
+        dist = self.predict_distribution(X)
+        assert isinstance(dist, CategoricalMixture)
+        return dist.probs.numpy()
+
+
+@estimator
+class Regressor(RegressorMixin, Estimator):
+    """Template of the regressors. Targets are standardised inside and given back in their unit."""
+
+    y_mean_: np.ndarray = field(init=False)
+    y_scale_: np.ndarray = field(init=False)
+    y_is_1d_: bool = field(init=False)
+
+    def _likelihood(self) -> Likelihood:
+        return NormalLikelihood(len(self.y_mean_))
+
+    def _width_reason(self) -> str:
+        return f"one for each of the {len(self.y_mean_)} targets"
+
+    def _target_checks(self) -> dict[str, Any]:
+        return {"multi_output": True, "y_numeric": True}
+
+    def _learn_targets(self, y: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        self.y_is_1d_ = y.ndim == 1
+        y = y.reshape(len(y), -1)
+        scaler = StandardScaler().fit(y, sample_weight=weight)
+        self.y_mean_, self.y_scale_ = scaler.mean_, scaler.scale_
+        return self._encode_targets(y)
+
+    def _learn_target_stream(self, batches: list[np.ndarray]) -> None:
+        self._learn_targets(np.concatenate(batches), None)
+
+    def _encode_targets(self, y: np.ndarray) -> np.ndarray:
+        return (y.reshape(len(y), -1) - self.y_mean_) / self.y_scale_
+
+    def _user_scale(self, dist: NormalMixture) -> Predictive:
+        dist = dist.affine(torch.as_tensor(self.y_mean_), torch.as_tensor(self.y_scale_))
+        return dist.output(0) if self.y_is_1d_ else dist
+
+    def _function_scale(self, values: np.ndarray) -> np.ndarray:
+        values = values * self.y_scale_ + self.y_mean_
+        return values[..., 0] if self.y_is_1d_ else values
+
+    def _log_prob(self, dist: NormalMixture, y: Any) -> Tensor:
+        y = torch.as_tensor(np.asarray(y, dtype=np.float64))
+        if y.shape != dist.batch_shape:
+            raise DataError(
+                f"{type(self).__name__}: y has shape {tuple(y.shape)}, but the predictions have "
+                f"shape {tuple(dist.batch_shape)}."
+            )
+        return dist.joint().log_prob(y)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predict the mean, shape (n,) or (n, m), in target units."""
+        return self.predict_distribution(X).mean.numpy()
+
+    def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+        """Predict equal-tailed intervals: lower and upper ends, each (n,) or (n, m)."""
+        dist = self.predict_distribution(X)
+        assert isinstance(dist, NormalMixture)
+        lower, upper = dist.interval(coverage)
+        return lower.numpy(), upper.numpy()
+
+    def predict_quantiles(self, X: Any, q: Any) -> np.ndarray:
+        """Predict quantiles at levels ``q``: (n[, m]) for one level, (Q, n[, m]) for several."""
+        dist = self.predict_distribution(X)
+        assert isinstance(dist, NormalMixture)
+        return dist.quantile(q).numpy()
+
+    def __sklearn_tags__(self) -> Any:
+        """Tell scikit-learn that several targets are fine."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+@estimator
+class NetworkRegressor(Regressor):
+    """Template of the regressors whose network gives the noise, too."""
+
+    noise: Noise = "homoscedastic"
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        check_choice(self, "noise", ("homoscedastic", "heteroscedastic"))
+
+    def _likelihood(self) -> Likelihood:
+        return NormalLikelihood(len(self.y_mean_), self.noise)
+
+    def _width_reason(self) -> str:
+        two = ", twice for heteroscedastic noise" if self.noise == "heteroscedastic" else ""
+        return super()._width_reason() + two
+
+
+def _as_numpy(data: Any) -> Any:
+    if isinstance(data, Tensor):
+        data = data.detach().cpu()
+        return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
+    return data
+
+
+def _split(targets: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of the rows to train on, and of a tenth that is held out (by class)."""
+    n = len(targets)
+    rows = np.arange(n)
+    n_held = max(1, round(0.1 * n))
+    strata = None
+    if targets.ndim == 1:
+        counts = np.bincount(targets)
+        if n_held >= len(counts) and counts[counts > 0].min() >= 2:
+            strata = targets
+    kept, held = train_test_split(rows, test_size=n_held, random_state=seed, stratify=strata)
+    return torch.as_tensor(np.sort(kept)), torch.as_tensor(np.sort(held))

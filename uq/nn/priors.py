@@ -1,0 +1,46 @@
+"""Priors over the weights of a network."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro.distributions import Normal, TorchDistribution
+from torch import Tensor, nn
+
+
+class NormalPrior:
+    """Independent N(0, scale²) on every weight.
+
+    Parameters
+    ----------
+    scale : float
+        Standard deviation.
+
+    Examples
+    --------
+    >>> from uq.nn import MLP, NormalPrior
+    >>> NormalPrior(0.5).precision
+    4.0
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    @property
+    def precision(self) -> float:
+        """1/scale², the curvature that the prior adds to the log posterior."""
+        return self.scale**-2
+
+    def distribution(self, parameter: Tensor) -> TorchDistribution:
+        """Pyro distribution over one weight tensor, all of it one event."""
+        zero = torch.zeros_like(parameter)
+        return Normal(zero, self.scale, validate_args=False).to_event(parameter.ndim)
+
+    def log_prob(self, module: nn.Module) -> Tensor:
+        """Log density of all weights of ``module``, in nats."""
+        weights = list(module.parameters())
+        n = sum(p.numel() for p in weights)
+        squares = torch.stack([p.square().sum() for p in weights]).sum()
+        constant = n * (math.log(self.scale) + 0.5 * math.log(2 * math.pi))
+        return -0.5 * self.precision * squares - constant
