@@ -21,6 +21,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 
 from uq.errors import ModelFileError, ParameterError, SaveError
+from uq.inference.training import isolated_rng
 from uq.models.registry import METHODS
 
 FORMAT = "uq-model"
@@ -267,7 +268,8 @@ class _Reader:
                 setattr(model, key, self.decode(value))
         if posterior is not None:
             key, keys = posterior
-            built = model._build_posterior()  # after the other attributes: they give the shapes
+            with isolated_rng(0, torch.device("cpu")):  # its random initial weights are replaced
+                built = model._build_posterior()  # after the other attributes: they give shapes
             state = {k: self.tensors[where] for k, where in keys.items()}
             built.load_state_dict(state)
             setattr(model, key, built.eval())

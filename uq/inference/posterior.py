@@ -17,7 +17,9 @@ from torch.func import functional_call, vmap
 
 from uq.distributions import NormalMixture, Predictive
 from uq.distributions.classification import CategoricalMixture
+from uq.nn.bayesian import BayesianNetwork, normal_guide
 from uq.nn.network import Network
+from uq.nn.priors import NormalPrior
 from uq.nn.vbll import BayesianLastLayer
 
 Weights = dict[str, Tensor]
@@ -156,6 +158,16 @@ class NormalPosterior(WeightPosterior):
     def stds(self) -> Weights:
         """Standard deviations by parameter name."""
         return {name: getattr(self, f"std_{i}") for i, name in enumerate(self._names)}
+
+    def to_pyro(self, prior: NormalPrior) -> tuple[BayesianNetwork, Callable[..., None]]:
+        """Return the Pyro model of the network under ``prior``, and this posterior as its guide.
+
+        Examples
+        --------
+        ``Predictive(model, guide=guide, num_samples=64)(x)["y"]`` samples the predictive.
+        """
+        means = {name: p.detach() for name, p in self.network.named_parameters()}
+        return BayesianNetwork(self.network, prior), normal_guide(means, self.stds)
 
     def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
         """Draw m + σz, each draw from one flat noise vector of its own."""

@@ -232,9 +232,11 @@ def train(
                 losses.append(optimizer.step(closure))  # type: ignore[arg-type]
                 step += 1
             train_loss = float(torch.stack(losses).mean())  # type: ignore[arg-type]
-            held_out = None if held_out_loss is None else _evaluate(objective, held_out_loss)
+            held_out = None
+            if held_out_loss is not None and math.isfinite(train_loss):
+                held_out = _evaluate(objective, held_out_loss)
             current = train_loss if held_out is None else held_out
-            if not (math.isfinite(current) and math.isfinite(train_loss)):
+            if not math.isfinite(current):
                 result.error = _non_finite(description, epoch, result.history)
                 result.stop_reason = "non_finite"
                 break

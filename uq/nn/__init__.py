@@ -1,5 +1,6 @@
 """Networks, likelihoods and Bayesian layers: plain ``torch.nn`` modules."""
 
+from uq.nn.bayesian import BayesianNetwork
 from uq.nn.bodies import MLP, ConvNet
 from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
 from uq.nn.network import Network
@@ -9,6 +10,7 @@ from uq.nn.vbll import BayesianLastLayer, CategoricalLastLayer, NormalLastLayer
 __all__ = [
     "MLP",
     "BayesianLastLayer",
+    "BayesianNetwork",
     "CategoricalLastLayer",
     "CategoricalLikelihood",
     "ConvNet",

@@ -201,7 +201,8 @@ class NormalLastLayer(BayesianLastLayer):
         phi = add_constant(features)
         loc = (phi @ self.mean.T).double()
         scale = self.log_noise.exp().double().expand_as(loc)
-        return NormalMixture(loc[None], scale[None], self.variance(phi).double().sqrt()[None])
+        tau = self.variance(phi).double().sqrt()
+        return NormalMixture(loc[None], scale[None], tau[None], validate_args=False)
 
     def functions(
         self, features: Tensor, n: int, generator: torch.Generator | None = None
@@ -246,7 +247,7 @@ class CategoricalLastLayer(BayesianLastLayer):
             torch.logsumexp(torch.log_softmax(phi @ w.T + e, -1), 0) - math.log(_NOISE_DRAWS)
             for w, e in zip(weights, noise, strict=True)
         ]
-        return CategoricalMixture(torch.stack(log_probs))
+        return CategoricalMixture(torch.stack(log_probs), validate_args=False)
 
     def functions(
         self, features: Tensor, n: int, generator: torch.Generator | None = None

@@ -1,0 +1,154 @@
+"""Bad input on every estimator: a clear error that names the argument."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.exceptions import NotFittedError
+
+from tests.contract.estimators import CASES, CLASSIFIERS, make
+from tests.contract.test_estimators import data
+from uq.errors import DataError, ParameterError, UQError
+
+every = pytest.mark.parametrize(("method", "task"), CASES)
+
+
+@every
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity(method, task, bad):
+    X, y = data(task)
+    frame = pd.DataFrame(X).add_prefix("f")
+    frame.iloc[3, 2] = bad
+    with pytest.raises(DataError, match=r"X contains (NaN|infinity).*\[3, 2\].*'f2'"):
+        make(method, task).fit(frame, y)
+    model = make(method, task).fit(X, y)
+    with pytest.raises(DataError, match=r"\[3, 2\]"):
+        model.predict_distribution(frame.to_numpy())
+    y = y.astype(float)
+    y[1] = bad
+    with pytest.raises(ValueError, match="y contains"):
+        make(method, task).fit(X, y)
+
+
+@every
+def test_wrong_lengths_and_shapes(method, task):
+    X, y = data(task)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        make(method, task).fit(X, y[:-1])
+    with pytest.raises(ValueError, match="n_samples >= 2"):
+        make(method, task).fit(X[:1], y[:1])
+    with pytest.raises(ValueError, match="0 sample"):
+        make(method, task).fit(X[:0], y[:0])
+    with pytest.raises(ValueError, match="y"):
+        make(method, task).fit(X)
+    with pytest.raises(ValueError, match="dim 3"):
+        make(method, task).fit(X[:, :, None], y)
+    model = make(method, task).fit(X, y)
+    with pytest.raises(ValueError, match="0 sample"):
+        model.predict_distribution(X[:0])
+    with pytest.raises(ValueError, match="2D array"):
+        model.predict(X[0])
+
+
+@every
+def test_not_fitted(method, task, tmp_path):
+    X, _ = data(task)
+    with pytest.raises(NotFittedError):
+        make(method, task).predict_distribution(X)
+    with pytest.raises(NotFittedError):
+        make(method, task).save(tmp_path / "model.uq")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("method", "task"), CLASSIFIERS)
+def test_one_class_only(method, task):
+    X, _ = data(task)
+    with pytest.raises(DataError, match="one class"):
+        make(method, task).fit(X, np.zeros(len(X), int))
+    with pytest.raises(ValueError, match="continuous"):
+        make(method, task).fit(X, np.linspace(0, 1, len(X)))
+
+
+@every
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden", (8, 0)),
+        ("hidden", 8),
+        ("max_epochs", 0),
+        ("max_epochs", 2.5),
+        ("batch_size", -1),
+        ("lr", 0),
+        ("lr", "fast"),
+        ("patience", 0),
+        ("precision", "16"),
+        ("device", "abacus"),
+        ("module", "resnet"),
+    ],
+)
+def test_constructor_arguments_are_named(method, task, name, value):
+    X, y = data(task)
+    with pytest.raises(ParameterError, match=name):
+        make(method, task, **{name: value}).fit(X, y)
+
+
+@every
+def test_modules_that_do_not_fit(method, task):
+    X, y = data(task)
+    d = X.shape[1]
+    with pytest.raises(ParameterError, match="module fails on an input"):
+        make(method, task, module=torch.nn.Linear(d + 1, 3)).fit(X, y)
+    if method != "vbll":
+        with pytest.raises(ParameterError, match="7 outputs"):
+            make(method, task, module=torch.nn.Linear(d, 7)).fit(X, y)
+    with pytest.raises(ParameterError, match="must map"):
+        make(method, task, module=torch.nn.Unflatten(1, (d, 1))).fit(X, y)
+    with pytest.raises(ParameterError, match="must return"):
+        make(method, task, module=lambda d_in, d_out: "net").fit(X, y)
+
+
+@every
+def test_interrupt_keeps_what_was_learned(method, task):
+    X, y = data(task)
+
+    def interrupt(state):
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="interrupted after 2 epochs"):
+        model = make(method, task, max_epochs=50, callbacks=[interrupt]).fit(X, y)
+    assert model.stop_reason_ == "interrupted"
+    assert model.n_epochs_ == 2
+    assert np.isfinite(model.log_score(X, y))
+
+
+@every
+def test_runaway_loss_is_an_error_that_keeps_the_model(method, task):
+    X, y = data(task)
+
+    def explode(state):
+        if state.epoch == 3:
+            for p in state.module.parameters():
+                p.data.fill_(float("nan"))
+
+    model = make(method, task, max_epochs=10, callbacks=[explode])
+    with pytest.raises(UQError, match=r"epoch 4.*last finite loss.*lr"):
+        model.fit(X, y)
+    assert model.stop_reason_ == "non_finite"
+    assert np.isfinite(model.log_score(X, y))
+
+
+@every
+def test_callbacks_and_progress(method, task, capsys):
+    X, y = data(task)
+    seen = []
+
+    def stop_at_two(state):
+        seen.append(state)
+        return state.epoch == 2
+
+    model = make(method, task, max_epochs=9, callbacks=[stop_at_two], verbose=1).fit(X, y)
+    members = 2 if method == "ensemble" else 1
+    assert [s.epoch for s in seen] == [1, 2] * members
+    assert model.stop_reason_ == "callback"
+    assert type(model).__name__ in capsys.readouterr().err
