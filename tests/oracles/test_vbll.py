@@ -278,7 +278,7 @@ def test_noise_prior_is_the_inverse_wishart():
     values = []
     for log_noise in ([-1.0, 0.2], [0.3, -0.4]):
         with torch.no_grad():
-            head.log_noise.copy_(torch.tensor(log_noise))
+            head.log_noise.copy_(torch.tensor(log_noise, dtype=torch.float64))
         sigma = np.diag(np.exp(2 * np.array(log_noise)))
         # SciPy wants df >= dimension; ours is 1, so the difference is put in by hand.
         reference = invwishart(df=2, scale=0.7 * np.eye(2)).logpdf(sigma)
