@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from uq import cli
+from uq.cli import main
+from uq.errors import FitInterruptedWarning
+from uq.io import load
+from uq.models.registry import METHODS
+
+UQ = [sys.executable, "-c", "import sys; from uq.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Each test has its own working folder with two small tables."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    size = rng.normal(size=60)
+    flats = pd.DataFrame(
+        {"size": size, "city": rng.choice(["Oslo", "Rome"], 60), "price": 3 * size + 10}
+    )
+    flats.to_csv("flats.csv", index=False)
+    flats.assign(sold=np.where(size > 0, "yes", "no")).drop(columns="price").to_csv(
+        "sold.csv", index=False
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def model():
+    assert main(_fit("sold.csv", "sold", "sold.uq")) == 0
+    return "sold.uq"
+
+
+def _fit(data, target, out, *more):
+    always = ["--method", "map", "--out", out, "--set", "max_epochs=2"]
+    return ["fit", data, "--target", target, *always, *more]
+
+
+def _run(*argv):
+    """Run the command as a shell does."""
+    return subprocess.run([*UQ, *argv], capture_output=True, text=True, check=False)
+
+
+# -- what works ----------------------------------------------------------------------------------
+
+
+def test_help_imports_neither_torch_nor_pandas():
+    code = (
+        "import sys; from uq.cli import main; main(['--help']); main(['compare', '--help']); "
+        "sys.exit(bool({'torch', 'pandas', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for command in ("compare", "fit", "predict", "report", "methods"):
+        assert command in done.stdout
+
+
+def test_methods_lists_every_method(capsys):
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in METHODS)
+    assert main(["methods", "--json"]) == 0
+    assert [m["method"] for m in json.loads(capsys.readouterr().out)] == list(METHODS)
+
+
+def test_compare_bundled_data_with_every_method(capsys):
+    assert main(["compare", "moons", "--max-epochs", "1"]) == 0
+    out, err = capsys.readouterr()
+    html = Path(out.strip().splitlines()[-1])
+    assert html == Path("reports/moons/report.html")
+    assert html.exists()
+    assert html.with_name("report.json").exists()
+    for name in METHODS:
+        assert name in out
+        assert f"{name}: fitted in" in err
+    assert "450" in out  # rows to fit: 75 % of 600
+    assert "far ring" in out
+    assert "AUROC" in out
+
+
+def test_compare_a_file_as_json(capsys):
+    argv = ["compare", "flats.csv", "--target", "price", "--methods", "map,VBLL,map", "--json"]
+    argv += ["--max-epochs", "1", "--out", "here", "--ood", "flats.csv", "--test-size", "0.4"]
+    assert main([*argv, "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    document = json.loads(out)
+    assert document["task"] == "regression"
+    assert set(document["methods"]) == {"map", "vbll"}
+    assert (document["n"], document["n_ood"]) == (24, 60)
+    assert set(document["notes"]["seconds to fit"]) == {"map", "vbll"}
+    assert Path(document["html"]) == Path("here/report.html")
+    assert main(argv) == 0  # with progress, which goes to stderr
+    assert json.loads(capsys.readouterr().out)["title"] == "flats"
+
+
+def test_targets_of_every_dtype(capsys):
+    X = pd.read_csv("sold.csv")[["size"]]
+    positive = (X["size"] > 0).rename("y")
+    kinds = {
+        "bool": positive,
+        "boolean": positive.astype("boolean"),
+        "category": positive.map({True: "a", False: "b"}).astype("category"),
+        "string": positive.map({True: "a", False: "b"}).astype("string"),
+        "Int64": positive.astype("Int64"),
+        "Float64": X["size"].rename("y").astype("Float64"),
+    }
+    for kind, y in kinds.items():
+        X.join(y).to_parquet(f"{kind}.parquet")
+        argv = ["compare", f"{kind}.parquet", "--target", "y", "--methods", "map", "--json"]
+        assert main([*argv, "--max-epochs", "1", "--quiet"]) == 0
+        task = json.loads(capsys.readouterr().out)["task"]
+        assert task == ("regression" if kind == "Float64" else "classification")
+
+
+def test_same_seed_same_report(capsys):
+    argv = ["compare", "sold.csv", "--target", "sold", "--methods", "map", "--json", "--quiet"]
+    methods = []
+    for seed in ("1", "1", "2"):
+        assert main([*argv, "--max-epochs", "1", "--seed", seed]) == 0
+        methods.append(json.loads(capsys.readouterr().out)["methods"])
+    assert methods[0] == methods[1] != methods[2]
+
+
+def test_regression_from_fit_to_report(capsys):
+    settings = ["--set", "hidden=8,8", "--set", "device=cpu", "--seed", "7"]
+    assert main(_fit("flats.csv", "price", "m.uq", *settings)) == 0
+    assert "MAPRegressor fitted on 60 rows, 2 columns" in capsys.readouterr().out
+    saved = load("m.uq")
+    inner = saved.estimator
+    assert (inner.hidden, inner.device, inner.random_state) == ((8, 8), "cpu", 7)
+
+    assert main(["predict", "m.uq", "flats.csv", "--coverage", "0.5"]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert list(table) == ["mean", "std", "lower", "upper", "aleatoric", "epistemic"]
+    X = pd.read_csv("flats.csv")
+    lower, upper = saved.predict_interval(X, 0.5)
+    np.testing.assert_allclose(table["mean"], saved.predict(X), rtol=1e-6)
+    np.testing.assert_allclose(table[["lower", "upper"]].T, [lower, upper], rtol=1e-6)
+    assert table["epistemic"].isna().all()  # MAP has none
+
+    assert main(["report", "m.uq", "flats.csv", "--target", "price", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["title"] == "m on flats"
+    assert Path("reports/m/report.html").exists()
+
+
+def test_classification_from_fit_to_report(model, capsys):
+    saved, X = load(model), pd.read_csv("sold.csv")
+    for out in ("p.csv", "p.parquet"):
+        assert main(["predict", model, "sold.csv", "--out", out]) == 0
+    for table in (pd.read_csv("p.csv"), pd.read_parquet("p.parquet")):
+        assert list(table) == ["label", "p_no", "p_yes", "entropy"]
+        assert table["label"].tolist() == saved.predict(X).tolist()
+        np.testing.assert_allclose(table[["p_no", "p_yes"]], saved.predict_proba(X), rtol=1e-6)
+        p = saved.predict_proba(X)
+        np.testing.assert_allclose(table["entropy"], -(p * np.log(p)).sum(1), rtol=1e-5)
+    capsys.readouterr()
+    assert main(["report", model, "sold.csv", "--target", "sold", "--ood", "sold.csv"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(str(Path("reports/sold/report.html")))
+
+
+def test_row_labels_are_kept_and_row_numbers_are_not(model, capsys):
+    table = pd.read_csv("sold.csv")
+    table.set_axis([f"row{i}" for i in range(60)]).to_csv("named.csv")
+    capsys.readouterr()
+    assert main(["predict", model, "named.csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("row0,")
+    assert main(["predict", model, "sold.csv"]) == 0
+    assert capsys.readouterr().out.startswith("label,")
+
+
+def test_predict_needs_no_target_and_no_order(model):
+    table = pd.read_csv("sold.csv")
+    table[["city", "size"]].assign(more=1).to_csv("rows.csv", index=False)
+    assert main(["predict", model, "rows.csv", "--out", "a.csv"]) == 0
+    assert main(["predict", model, "sold.csv", "--out", "b.csv"]) == 0
+    assert Path("a.csv").read_text() == Path("b.csv").read_text()
+
+
+# -- what does not -------------------------------------------------------------------------------
+
+
+def _error(capsys, *argv):
+    """Run, and return the exit code and the one line on stderr."""
+    capsys.readouterr()
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("map: ")]  # progress
+    assert out == ""
+    assert len(lines) == 1
+    assert lines[0].startswith("uq: error: ")
+    return code, lines[0].removeprefix("uq: error: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "arguments are required: COMMAND (see uq --help)"),
+        ("guess", "invalid choice: 'guess'"),
+        ("compare", "required: DATA (see uq compare --help)"),
+        ("compare moons --bogus", "unrecognized arguments: --bogus"),
+        ("compare moons --methods ivan", "method 'ivan' is unknown; did you mean 'ivon'?"),
+        ("compare moons --methods ,", "--methods names no method"),
+        ("compare moons --test-size 1", "--test-size: needs a number between 0 and 1, got '1'"),
+        ("compare moons --max-epochs 0", "--max-epochs: needs a whole number from 1 on, got '0'"),
+        ("compare moons --seed x", "--seed: needs a whole number from 0 to 2^32 - 1, got 'x'"),
+        ("compare moons --target moon", "moons is bundled with its target"),
+        ("compare flats.csv", "flats.csv is a file: name the column to predict with --target"),
+        ("compare moons --task ranking", "--task: invalid choice: 'ranking'"),
+        ("fit moons --out m.uq", "required: --method"),
+        ("fit moons --out m.uq --method zzz", "'zzz' is unknown; there are ivon, vbll"),
+        ("fit moons --out m.uq --method map --set lr", "--set takes NAME=VALUE, got 'lr'"),
+        ("fit moons --out m.uq --method map --set lr=[1", "neither a Python literal nor a word"),
+        ("fit moons --out m.uq --method map --set lrr=1", "no parameter 'lrr'; did you mean 'lr'?"),
+        ("predict m.uq flats.csv --out p.txt", "--out must end in .csv or .parquet, got p.txt"),
+        ("predict m.uq flats.csv --coverage 90", "--coverage: needs a number between 0 and 1"),
+    ],
+)
+def test_usage_errors(capsys, argv, message):
+    code, line = _error(capsys, *argv.split())
+    assert message in line
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("compare moon", "did you mean 'moons'?"),
+        ("compare nope.csv --target y", "nope.csv: there is no such file"),
+        ("compare empty.csv --target y", "empty.csv: the file is empty"),
+        ("compare ragged.csv --target b", "Expected 2 fields in line 3, saw 3"),
+        ("compare binary.csv --target b", "not UTF-8 text"),
+        ("compare flats.csv --target Pricee", "no column 'Pricee'; did you mean 'price'?"),
+        ("compare moons --task regression", "moons is a classification data set"),
+        ("compare moons --ood flats.csv", "flats.csv: there is no column 'x1'"),
+        ("compare moons --ood nope.csv", "nope.csv: there is no such file"),
+        ("compare moons --out flats.csv", "flats.csv: File exists"),
+        ("compare one.csv --target b --task classification --methods map", "at least 2 classes"),
+        ("compare sold.csv --target sold --task regression --methods map", "needs numbers as y"),
+        ("compare inf.csv --target b --methods map", "'a' must hold finite numbers"),
+        ("compare gap.csv --target b", "'b' is missing in 1 of 2 rows (first: row 1)"),
+        ("fit moons --method map --out no/m.uq", "no/m.uq: the folder no does not exist"),
+        ("fit moons --method map --out .", "is a folder"),
+        ("fit moons --method map --out m.uq --set lr=-1", "MAPClassifier: lr must be"),
+        ("predict nope.uq flats.csv", "there is no model file at 'nope.uq'"),
+        ("predict flats.csv flats.csv", "flats.csv"),
+        ("predict zeros.uq flats.csv", "zeros.uq"),
+        ("predict . flats.csv", "there is no model file at '.'"),
+    ],
+)
+def test_failures(capsys, argv, message):
+    Path("empty.csv").touch()
+    Path("ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
+    Path("binary.csv").write_bytes(bytes(range(256)))
+    Path("one.csv").write_text("a,b\n" + "".join(f"{i},7\n" for i in range(20)))
+    Path("inf.csv").write_text("a,b\n" + "".join(f"inf,{i}.5\n" for i in range(20)))
+    Path("gap.csv").write_text("a,b\n1,x\n2,\n")
+    Path("zeros.uq").write_bytes(bytes(1000))
+    code, line = _error(capsys, *argv.split())
+    assert message in line
+    assert code == 1
+    assert not Path("m.uq").exists()
+
+
+def test_columns_that_changed_since_the_fit(model, capsys):
+    table = pd.read_csv("sold.csv")
+    table.drop(columns="city").to_csv("less.csv", index=False)
+    code, line = _error(capsys, "predict", model, "less.csv")
+    assert (code, line) == (1, "1 of the 2 columns seen in training is missing: 'city'.")
+    table.astype({"size": object}).replace({"size": {table["size"][5]: "big"}}).to_csv(
+        "text.csv", index=False
+    )
+    code, line = _error(capsys, "predict", model, "text.csv")
+    assert "column 'size' must hold finite numbers or gaps, got 'big' in row 5" in line
+    table.assign(sold="maybe").to_csv("label.csv", index=False)
+    code, line = _error(capsys, "report", model, "label.csv", "--target", "sold")
+    assert code == 1
+    assert "maybe" in line
+
+
+def test_gaps_in_the_features_are_predicted(model, capsys):
+    table = pd.read_csv("sold.csv")
+    table.loc[0, ["size", "city"]] = np.nan
+    table.to_csv("gaps.csv", index=False)
+    assert main(["predict", model, "gaps.csv", "--out", "p.csv"]) == 0
+    assert pd.read_csv("p.csv").notna().all(axis=None)
+
+
+def test_damaged_model_file(model, capsys):
+    whole = Path(model).read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:-1], b"", b"PK\x03\x04" + whole):
+        Path("damaged.uq").write_bytes(content)
+        code, line = _error(capsys, "predict", "damaged.uq", "sold.csv")
+        assert code == 1
+        assert "damaged.uq" in line
+
+
+def test_preprocessor_alone_is_not_a_model(model, capsys):
+    from uq.io import save
+
+    save(load(model).preprocessor_, "half.uq")
+    code, line = _error(capsys, "predict", "half.uq", "sold.csv")
+    assert (code, line) == (1, "half.uq: holds a TablePreprocessor, which is not a model.")
+
+
+def test_model_with_several_targets_is_refused(capsys):
+    from uq.models.map import MAPRegressor
+    from uq.models.table import TableModel
+
+    X = pd.read_csv("flats.csv")
+    y = np.stack([X["price"], -X["price"]], axis=1)
+    TableModel(MAPRegressor(max_epochs=1, random_state=0)).fit(X, y).save("two.uq")
+    assert _error(capsys, "predict", "two.uq", "flats.csv") == (
+        1,
+        "uq predict writes one target; the model has 2.",
+    )
+
+
+def test_full_disk_leaves_the_old_files(model, capsys, monkeypatch):
+    main(["predict", model, "sold.csv", "--out", "p.csv"])
+    before = {name: Path(name).read_bytes() for name in (model, "p.csv")}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    for argv in (_fit("sold.csv", "sold", model), ["predict", model, "sold.csv", "--out", "p.csv"]):
+        code, line = _error(capsys, *argv)
+        assert code == 1
+        assert "No space left on device" in line
+    code, line = _error(capsys, "report", model, "sold.csv", "--target", "sold")
+    assert code == 1
+    assert {name: Path(name).read_bytes() for name in before} == before
+    assert not [p for p in Path().iterdir() if p.name.startswith(".")]  # nothing left behind
+
+
+def test_interrupt(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_methods", interrupted)
+    assert _error(capsys, "methods") == (1, "interrupted")
+    # An estimator that is interrupted warns and keeps what it has; the command stops.
+    monkeypatch.setattr(
+        cli, "_methods", lambda args: warnings.warn(FitInterruptedWarning("so far"), stacklevel=2)
+    )
+    assert _error(capsys, "methods") == (1, "interrupted")
+
+
+def test_a_bug_is_one_line_and_shows_more_on_request(capsys, monkeypatch):
+    def broken(args):
+        raise TypeError("two\nlines")
+
+    monkeypatch.setattr(cli, "_methods", broken)
+    assert _error(capsys, "methods") == (
+        1,
+        "TypeError: two lines (unexpected; --debug shows where)",
+    )
+    assert main(["methods", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+# -- as a process --------------------------------------------------------------------------------
+
+
+def test_exit_codes_and_streams_of_the_process():
+    done = _run("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = _run("compare", "nope.csv", "--target", "y")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "uq: error: nope.csv: there is no such file.\n"
+
+
+def test_reader_that_stops(model):
+    table = pd.read_csv("sold.csv")
+    pd.concat([table] * 200).to_csv("long.csv", index=False)  # more than a pipe holds
+    command = [*UQ, "predict", model, "long.csv"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline().startswith(b"label,")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_full_disk_behind_stdout(model, capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert _error(capsys, "predict", model, "sold.csv") == (1, "No space left on device")

@@ -1,0 +1,487 @@
+"""The ``uq`` command: compare methods, fit one, predict with it, and report how calibrated it is.
+
+Exit codes: 0 done, 1 the data, a file or the fit failed, 2 the command line is wrong. An error is
+one line on stderr. With ``--json`` stdout holds exactly one JSON document.
+"""
+
+from __future__ import annotations
+
+# torch, pandas and the estimators are imported by the handlers: `uq --help` answers at once.
+import argparse
+import ast
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from uq.errors import DataError, FitInterruptedWarning, SaveError, UQError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from uq.data import Dataset
+    from uq.distributions import Predictive
+
+
+class UsageError(UQError):
+    """The command line itself is wrong; nothing was started."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ``uq`` command and return its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; by default those of the process.
+
+    Examples
+    --------
+    >>> from uq.cli import main
+    >>> main(["--version"])
+    uq ...
+    0
+    """
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    try:
+        with warnings.catch_warnings():
+            # An estimator that is interrupted keeps what it has; a command stops instead.
+            warnings.simplefilter("error", FitInterruptedWarning)
+            warnings.showwarning = _show_warning
+            args = _parser().parse_args(argv)
+            args.handler(args)
+        sys.stdout.flush()
+        return 0
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    except BrokenPipeError:  # the reader has seen enough, as in `uq predict … | head`
+        _drop_stdout()
+        return 0
+    except (KeyboardInterrupt, FitInterruptedWarning):
+        return _fail("interrupted", 1)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(_describe(error), 2 if isinstance(error, UsageError) else 1)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return where + error.strerror
+    if isinstance(error, UQError | ValueError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (unexpected; --debug shows where)"
+
+
+def _fail(message: str, code: int) -> int:
+    print("uq: error:", " ".join(message.split()), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+    return code
+
+
+def _drop_stdout() -> None:
+    """Send what is still buffered nowhere, so that the interpreter's last flush cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print("uq: warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+# -- command line --------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from uq import __version__
+    from uq.data import DATASETS
+
+    parser = _Parser(prog="uq", description="Predictive uncertainty, from the command line.")
+    parser.add_argument("--version", action="version", version=f"uq {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    data_help = f"CSV or Parquet file, or one of {', '.join(DATASETS)}"
+
+    def command(name: str, handler: Callable[[argparse.Namespace], None], text: str) -> _Parser:
+        added: _Parser = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:]
+        )
+        added.set_defaults(handler=handler)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return added
+
+    compare = command("compare", _compare, "fit several methods, report on held-out rows")
+    compare.add_argument("data", metavar="DATA", help=data_help)
+    _add_target(compare)
+    compare.add_argument("--methods", metavar="A,B", help="default: all; see `uq methods`")
+    compare.add_argument("--test-size", type=_share, default=0.25, metavar="SHARE", help="0.25")
+    compare.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
+    compare.add_argument("--max-epochs", type=_positive, metavar="N", help="of every fit")
+    _add_report(compare, "reports/<data>")
+    compare.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+    fit = command("fit", _fit, "fit one method on all rows and save the model")
+    fit.add_argument("data", metavar="DATA", help=data_help)
+    _add_target(fit)
+    fit.add_argument("--method", required=True, metavar="METHOD", help="see `uq methods`")
+    fit.add_argument("--out", required=True, type=Path, metavar="FILE", help="such as model.uq")
+    fit.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameter of the estimator, such as hidden=64,64 or device=cpu; may be repeated",
+    )
+    fit.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
+
+    predict = command("predict", _predict, "predict the rows of a table, one line each")
+    predict.add_argument("model", metavar="MODEL", help="file that `uq fit` wrote")
+    predict.add_argument("data", metavar="DATA", help=data_help)
+    predict.add_argument(
+        "--out", type=Path, metavar="FILE", help=".csv or .parquet; default: CSV on stdout"
+    )
+    predict.add_argument(
+        "--coverage", type=_share, default=0.9, metavar="SHARE", help="of the interval; 0.9"
+    )
+
+    report = command("report", _report, "report on a saved model with the labels of a table")
+    report.add_argument("model", metavar="MODEL", help="file that `uq fit` wrote")
+    report.add_argument("data", metavar="DATA", help=data_help)
+    report.add_argument("--target", metavar="COL", help="column with the truth")
+    _add_report(report, "reports/<model>")
+
+    methods = command("methods", _methods, "list the methods")
+    methods.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", metavar="COL", help="column to predict, needed for a file")
+    parser.add_argument(
+        "--task", choices=("classification", "regression"), help="default: told by the target"
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {default}")
+    parser.add_argument("--ood", metavar="FILE", help="table of out-of-distribution rows")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _share(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def _natural(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
+
+
+def _positive(text: str) -> int:
+    return _number(text, int, lambda value: value > 0, "a whole number from 1 on")
+
+
+def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"needs {wanted}, got {text!r}")
+    return value
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+def _compare(args: argparse.Namespace) -> None:
+    names = _chosen_methods(args.methods)
+    data = _open(args)
+    out = _folder(args.out or Path("reports") / data.name)
+    ood = _ood(args.ood, data)
+    from uq import calibration
+    from uq.data import split_rows
+
+    X_train, X_test, y_train, y_test = split_rows(
+        data.X, data.y, data.task, test_size=args.test_size, seed=args.seed
+    )
+    settings = {} if args.max_epochs is None else {"max_epochs": args.max_epochs}
+    dists: dict[str, Predictive] = {}
+    ood_dists: dict[str, Predictive] = {}
+    fit_seconds: dict[str, float] = {}
+    predict_seconds: dict[str, float] = {}
+    _warm_up()
+    for name in names:
+        model = _model(name, data.task, settings, args.seed)
+        _progress(args, f"{name}: fitting {len(y_train)} rows")
+        start = time.perf_counter()
+        model.fit(X_train, y_train)
+        fitted = time.perf_counter()
+        dists[name] = model.predict_distribution(X_test)
+        fit_seconds[name] = round(fitted - start, 3)
+        predict_seconds[name] = round(time.perf_counter() - fitted, 3)
+        _progress(args, f"{name}: fitted in {fit_seconds[name]:.1f} s")
+        if ood is not None:
+            ood_dists[name] = model.predict_distribution(ood)
+    notes = {
+        **_facts(data),
+        "rows to fit": len(y_train),
+        "held-out rows": len(y_test),
+        "seed": args.seed,
+        "seconds to fit": fit_seconds,
+        "seconds to predict": predict_seconds,
+        **({} if ood is None else {"out of distribution": args.ood or data.ood_name}),
+    }
+    report = calibration.compare(
+        dists, y_test.to_numpy(), ood=ood_dists or None, title=data.name, notes=notes
+    )
+    _publish(report, out, as_json=args.json)
+
+
+def _fit(args: argparse.Namespace) -> None:
+    name = _known_method(args.method)
+    settings = dict(_setting(text) for text in args.set)
+    data = _open(args)
+    model = _model(name, data.task, settings, args.seed)
+    _check_file(args.out)
+    start = time.perf_counter()
+    model.fit(data.X, data.y)
+    model.save(args.out)
+    print(
+        f"{args.out}: {type(model.estimator).__name__} fitted on {len(data.y)} rows, "
+        f"{data.X.shape[1]} columns in {time.perf_counter() - start:.1f} s"
+    )
+
+
+def _predict(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        if args.out.suffix.lower() not in (".csv", ".parquet"):
+            raise UsageError(f"--out must end in .csv or .parquet, got {args.out}")
+        _check_file(args.out)
+    from uq.distributions import CategoricalMixture
+    from uq.io import write_atomically
+
+    dist = _load(args.model).predict_distribution(_features(args.data))
+    labels = isinstance(dist, CategoricalMixture)
+    frame = _label_frame(dist) if labels else _number_frame(dist, args.coverage)
+    # Row labels are worth a column; a plain count of the rows is not.
+    named = dist.index is not None and not _is_row_number(dist.index)
+    if args.out is None:
+        frame.to_csv(sys.stdout, index=named, float_format="%.9g", lineterminator="\n")
+    elif args.out.suffix.lower() == ".csv":
+        write_atomically(args.out, frame.to_csv(index=named, float_format="%.9g").encode())
+    else:
+        write_atomically(args.out, frame.to_parquet(index=named))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from uq import calibration
+    from uq.data import open_dataset
+
+    model = _load(args.model)
+    data = open_dataset(args.data, target=_target(args), task=_task_of(model))
+    name = Path(args.model).stem
+    out = _folder(args.out or Path("reports") / name)
+    ood = _ood(args.ood, data)
+    report = calibration.report(
+        model.predict_distribution(data.X),
+        data.y.to_numpy(),
+        ood=None if ood is None else model.predict_distribution(ood),
+        name=name,
+        title=f"{name} on {data.name}",
+        notes={
+            **_facts(data),
+            "model": args.model,
+            **({} if ood is None else {"out of distribution": args.ood or data.ood_name}),
+            "mind": "rows that the model was fitted on make it look better than it is",
+        },
+    )
+    _publish(report, out, as_json=args.json)
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from uq.models.registry import methods
+
+    table = methods()
+    if args.json:
+        print(json.dumps(table.reset_index().to_dict("records"), indent=2))
+        return
+    for name, row in table.iterrows():
+        print(f"{name:10}{row['cost']}; {row['needs']}\n{'':10}{row['paper']}")
+
+
+# -- models --------------------------------------------------------------------------------------
+
+
+def _known_method(name: str) -> str:
+    from uq.data import suggest
+    from uq.models.registry import METHODS
+
+    if name.lower() not in METHODS:
+        raise UsageError(f"method {name!r} is unknown{suggest(name, METHODS)}")
+    return name.lower()
+
+
+def _chosen_methods(text: str | None) -> list[str]:
+    from uq.models.registry import METHODS
+
+    names = list(METHODS) if text is None else [n.strip() for n in text.split(",") if n.strip()]
+    if not names:
+        raise UsageError("--methods names no method; see `uq methods`")
+    return list(dict.fromkeys(map(_known_method, names)))
+
+
+def _model(name: str, task: Any, settings: dict[str, Any], seed: int) -> Any:
+    from uq.data import suggest
+    from uq.models.registry import estimator_class
+    from uq.models.table import TableModel
+
+    estimator = estimator_class(name, task)()
+    known = estimator.get_params(deep=False)
+    for key in settings:
+        if key not in known:
+            raise UsageError(
+                f"{type(estimator).__name__} has no parameter {key!r}{suggest(key, known)}"
+            )
+    return TableModel(estimator.set_params(**{"random_state": seed, **settings}))
+
+
+def _warm_up() -> None:
+    """Pay what torch does once in a process before the clock of the first method runs."""
+    import numpy as np
+
+    from uq.models.map import MAPRegressor
+
+    MAPRegressor(max_epochs=1, patience=None, random_state=0).fit(np.eye(4), np.arange(4.0))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (equals and name.strip() and value.strip()):
+        raise UsageError(f"--set takes NAME=VALUE, got {text!r}")
+    try:
+        return name.strip(), ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        # A bare word is text, so that the shell's quotes need no quotes around them.
+        if value.strip().replace(":", "").replace("-", "").isidentifier():
+            return name.strip(), value.strip()
+    raise UsageError(f"--set {text}: the value is neither a Python literal nor a word")
+
+
+def _load(path: str) -> Any:
+    from uq.io import load
+
+    model = load(path)
+    if not hasattr(model, "predict_distribution"):
+        raise DataError(f"{path}: holds a {type(model).__name__}, which is not a model.")
+    return model
+
+
+def _task_of(model: Any) -> Any:
+    from sklearn.base import is_classifier
+
+    return "classification" if is_classifier(model) else "regression"
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+
+def _target(args: argparse.Namespace) -> str | None:
+    """Check that there is a target exactly where DATA is a file; a mistake in usage otherwise."""
+    from uq.data import DATASETS
+
+    if args.data in DATASETS and args.target is not None:
+        raise UsageError(f"{args.data} is bundled with its target; leave --target out")
+    if args.data not in DATASETS and args.target is None and Path(args.data).exists():
+        raise UsageError(f"{args.data} is a file: name the column to predict with --target")
+    target: str | None = args.target
+    return target
+
+
+def _open(args: argparse.Namespace) -> Dataset:
+    from uq.data import open_dataset
+
+    return open_dataset(args.data, target=_target(args), task=args.task)
+
+
+def _features(source: str) -> pd.DataFrame:
+    from uq.data import DATASETS, load_dataset, read_table
+
+    return load_dataset(source).X if source in DATASETS else read_table(source)
+
+
+def _ood(source: str | None, data: Dataset) -> pd.DataFrame | None:
+    if source is None:
+        return data.ood
+    frame = _features(source)
+    absent = [name for name in data.X.columns if name not in frame.columns]
+    if absent:  # said before the fits rather than after the first
+        raise DataError(f"{source}: there is no column {absent[0]!r}, which {data.name} has.")
+    return frame
+
+
+# -- output --------------------------------------------------------------------------------------
+
+
+def _number_frame(dist: Any, coverage: float) -> pd.DataFrame:
+    if len(dist.batch_shape) > 1:
+        raise DataError(f"uq predict writes one target; the model has {dist.batch_shape[1]}.")
+    frame = dist.to_frame()
+    lower, upper = dist.interval(coverage)
+    frame["lower"], frame["upper"] = lower.cpu().numpy(), upper.cpu().numpy()
+    return frame[["mean", "std", "lower", "upper", "aleatoric", "epistemic"]]
+
+
+def _label_frame(dist: Any) -> pd.DataFrame:
+    frame = dist.to_frame().add_prefix("p_")
+    frame.insert(0, "label", dist.classes[dist.mode.cpu().numpy()])
+    return frame.assign(entropy=dist.entropy().cpu().numpy())
+
+
+def _is_row_number(index: pd.Index) -> bool:
+    import pandas as pd
+
+    return index.equals(pd.RangeIndex(len(index)))
+
+
+def _facts(data: Dataset) -> dict[str, str]:
+    """What a report says of its data."""
+    facts = {"data": data.description or data.name, "target": f"{data.y.name} ({data.task})"}
+    return facts | ({"target unit": data.target_unit} if data.target_unit else {})
+
+
+def _publish(report: Any, out: Path, *, as_json: bool) -> None:
+    html = report.save(out)
+    if as_json:
+        print(json.dumps({"html": str(html), **report.to_dict()}, indent=2, allow_nan=False))
+    else:
+        print(report, f"\n{html}", sep="\n")
+
+
+def _progress(args: argparse.Namespace, line: str) -> None:
+    if not args.quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _folder(path: Path) -> Path:
+    """Create the folder before anything is fitted, so that a wrong path costs no time."""
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise SaveError(f"{path}: is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise SaveError(f"{path}: the folder {path.parent} does not exist.")
