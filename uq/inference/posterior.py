@@ -23,7 +23,9 @@ from uq.nn.priors import NormalPrior
 from uq.nn.vbll import BayesianLastLayer
 
 Weights = dict[str, Tensor]
-MEMORY_BUDGET_MB = 256
+# Activations and weights of one chunk: on a CPU they should stay in the cache, on a GPU there
+# should be enough of them to fill it.
+MEMORY_BUDGET_MB = {"cpu": 16, "cuda": 512}
 _FEATURE_ROWS = 8192
 
 
@@ -244,7 +246,7 @@ def monte_carlo(
     n_draws: int,
     x: Tensor,
     *,
-    max_memory_mb: int = MEMORY_BUDGET_MB,
+    max_memory_mb: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Evaluate ``network`` under many weight draws, vectorised over draws.
 
@@ -259,8 +261,9 @@ def monte_carlo(
         Number of draws in total.
     x : Tensor of shape (rows, …)
         Inputs.
-    max_memory_mb : int, default=256
-        Bound on the activations of one chunk; draws and rows are split to keep it.
+    max_memory_mb : float, optional
+        Bound on weights and activations of one chunk; draws, then rows are split to keep it. By
+        default 16 on a CPU (what its cache holds) and 512 on a GPU.
 
     Returns
     -------
@@ -268,11 +271,14 @@ def monte_carlo(
         What the network returns, on the CPU, with an axis of draws in front.
     """
     network.eval()
-    # Some networks need two rows (a squeeze() in user code), none more.
-    elements = _activation_elements(network, x[:2]) / max(1, len(x[:2]))
+    if max_memory_mb is None:
+        max_memory_mb = MEMORY_BUDGET_MB[x.device.type]
     budget = max_memory_mb * 2**20 / x.element_size()
-    rows = int(min(max(len(x), 1), max(32, budget / elements / n_draws)))
-    draws = int(min(n_draws, max(1, budget / elements / rows)))
+    # Some networks need two rows (a squeeze() in user code), none more.
+    per_row = _activation_elements(network, x[:2]) / max(1, len(x[:2]))
+    per_draw = per_row * len(x) + sum(p.numel() for p in network.parameters())
+    draws = int(min(n_draws, max(1, budget / per_draw)))
+    rows = int(max(32, budget / (per_row * draws)))
     evaluate = vmap(lambda w, rows_x: functional_call(network, w, (rows_x,)), in_dims=(0, None))
     columns: list[tuple[Tensor, ...]] = []
     with torch.no_grad():

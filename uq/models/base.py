@@ -80,9 +80,10 @@ noise : {"homoscedastic", "heteroscedastic"}, default="homoscedastic"
         One learned noise level per target, or one that the network predicts at each input."""
 
 SHARED_TAIL = """\
-patience : int or None, default={patience}
+patience : int, "auto" or None, default={patience}
         Stop after this many epochs without a better negative log likelihood on a tenth of the rows,
-        held out for it, and keep the best weights. None trains on all rows to the end.
+        held out for it, and keep the best weights; "auto" takes a tenth of the epochs, at least 20.
+        None trains on all rows to the end.
     device : str, default="auto"
         "cpu", "cuda", "cuda:1"; "auto" takes CUDA where there is one.
     precision : {{"32-true", "64-true", "bf16-mixed"}}, default="32-true"
@@ -203,7 +204,7 @@ class Estimator(BaseEstimator, ABC):
     max_epochs: int | None = None
     batch_size: int | None = 64
     lr: float = 3e-3
-    patience: int | None = None
+    patience: int | Literal["auto"] | None = None
     device: str = "auto"
     precision: str = "32-true"
     random_state: Any = None
@@ -234,7 +235,8 @@ class Estimator(BaseEstimator, ABC):
         check_number(self, "max_epochs", at_least=1, integer=True, optional=True)
         check_number(self, "batch_size", at_least=1, integer=True, optional=True)
         check_number(self, "lr", above=0)
-        check_number(self, "patience", at_least=1, integer=True, optional=True)
+        if self.patience != "auto":
+            check_number(self, "patience", at_least=1, integer=True, optional=True)
         check_choice(self, "precision", PRECISIONS)
         if self.module is not None and not callable(self.module):
             raise ParameterError(
@@ -495,6 +497,8 @@ class Estimator(BaseEstimator, ABC):
     ) -> TrainingResult:
         """Run the training loop with this estimator's settings."""
         held_out = data.held_out
+        n_epochs = self._n_epochs(data)
+        patience = max(20, n_epochs // 10) if self.patience == "auto" else self.patience
 
         def held_out_loss() -> float:
             assert held_out is not None
@@ -512,10 +516,10 @@ class Estimator(BaseEstimator, ABC):
             data.batches,
             optimizer,
             fabric=data.fabric,
-            max_epochs=self._n_epochs(data),
+            max_epochs=n_epochs,
             schedule=schedule,
             held_out_loss=None if held_out is None else held_out_loss,
-            patience=None if held_out is None else self.patience,
+            patience=None if held_out is None else patience,
             clip_norm=clip_norm,
             extra_state=extra_state,
             callbacks=self.callbacks,

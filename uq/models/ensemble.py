@@ -46,7 +46,7 @@ class _Ensemble(PointEstimator):
         return DrawsPosterior.stack([self._network() for _ in range(self.n_members_)])
 
 
-@documented(lr="3e-3", patience="20")
+@documented(lr="3e-3", patience='"auto"')
 @estimator
 class EnsembleClassifier(_Ensemble, Classifier):
     """Classify by the mean probabilities of several networks.
@@ -83,7 +83,7 @@ class EnsembleClassifier(_Ensemble, Classifier):
     """
 
 
-@documented(lr="3e-3", patience="20")
+@documented(lr="3e-3", patience='"auto"')
 @estimator
 class EnsembleRegressor(_Ensemble, NetworkRegressor):
     """Predict by a mixture of the Normals of several networks.

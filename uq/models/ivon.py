@@ -30,8 +30,8 @@ from uq.nn.priors import NormalPrior
 @estimator
 class _IVON(Estimator):
     lr: float = 0.1
-    prior_scale: float = 0.2
-    init_std: float = 0.03
+    prior_scale: float = 0.5
+    init_std: float = 0.02
     beta2: float | None = None
     temperature: float = 1.0
     mc_samples: int = 1
@@ -86,10 +86,10 @@ class _IVON(Estimator):
 
 
 _PARAMETERS = """\
-prior_scale : float, default=0.2
-        Standard deviation of the Gaussian prior on every weight; 0.2 makes the outputs of the
-        default MLP vary by about 1 under the prior.
-    init_std : float, default=0.03
+prior_scale : float, default=0.5
+        Standard deviation of the Gaussian prior on every weight. Weight decay values of other
+        optimizers do not carry over.
+    init_std : float, default=0.02
         Posterior standard deviation at the start; much above 0.1 drowns a small network in noise.
     beta2 : float, optional
         Memory of the curvature; by default max(0.998, 1 − 2/steps).

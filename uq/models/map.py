@@ -7,6 +7,8 @@ found by Adam, whose coupled weight decay 1/(N s²) is the exact gradient of the
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from uq.inference.posterior import DrawsPosterior
@@ -30,7 +32,7 @@ class PointEstimator(Estimator):
     """Parameters and training of one MAP network, shared with the ensemble."""
 
     prior_scale: float = 1.0
-    patience: int | None = 20
+    patience: int | Literal["auto"] | None = "auto"
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -57,7 +59,7 @@ class _MAP(PointEstimator):
         return DrawsPosterior.stack([self._network()])
 
 
-@documented(lr="3e-3", patience="20")
+@documented(lr="3e-3", patience='"auto"')
 @estimator
 class MAPClassifier(_MAP, Classifier):
     """Classify by one network at the posterior mode; aleatoric uncertainty only.
@@ -90,7 +92,7 @@ class MAPClassifier(_MAP, Classifier):
     """
 
 
-@documented(lr="3e-3", patience="20")
+@documented(lr="3e-3", patience='"auto"')
 @estimator
 class MAPRegressor(_MAP, NetworkRegressor):
     """Predict a Normal by one network at the posterior mode; aleatoric uncertainty only.

@@ -6,7 +6,7 @@ by −ELBO/N; its weight decay is the MAP prior of the features, the head's own 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class _VBLL(Estimator):
     covariance: str = "dense"
     rank: int = 3
     weight_decay: float = 1e-4
-    patience: int | None = 20
+    patience: int | Literal["auto"] | None = "auto"
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -114,7 +114,7 @@ prior_scale : float, default=1.0
 
 @documented(
     lr="3e-3",
-    patience="20",
+    patience='"auto"',
     outputs="features (n, D)",
     own=_PARAMETERS.format(wishart="1.0"),
 )
@@ -177,7 +177,7 @@ class VBLLClassifier(_VBLL, Classifier):
 
 
 @documented(
-    lr="3e-3", patience="20", outputs="features (n, D)", own=_PARAMETERS.format(wishart="0.1")
+    lr="3e-3", patience='"auto"', outputs="features (n, D)", own=_PARAMETERS.format(wishart="0.1")
 )
 @estimator
 class VBLLRegressor(_VBLL, Regressor):

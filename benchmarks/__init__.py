@@ -1,0 +1,1 @@
+"""Measured comparisons: speed and accuracy against peers, as ratios in one run."""

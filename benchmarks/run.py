@@ -1,0 +1,57 @@
+"""Run a benchmark suite: ``python -m benchmarks.run core`` prints a table and writes JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+SUITES = ("core",)
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, str | int | None]:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("uq", "torch", "pyro-ppl", "scikit-learn")},
+    }
+
+
+def main() -> None:
+    """Run the suite that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument(
+        "--out", type=Path, help="JSON file (default: benchmarks/results/SUITE.json)"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = import_module(f"benchmarks.{args.suite}").run()
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False))
+    out = args.out or RESULTS / f"{args.suite}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+    print(f"\nwrote {out}")
+
+
+if __name__ == "__main__":
+    main()
