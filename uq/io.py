@@ -6,6 +6,7 @@ classes that it may mention are listed here.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -108,7 +109,7 @@ def load(path: str | Path, *, module: Any = None) -> Any:
                 )
             header = json.loads(metadata["uq"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise ModelFileError(f"{str(path)!r} is not a uq model, or is damaged: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ModelFileError(f"{str(path)!r} is a safetensors file, but not a model saved by uq.")
@@ -118,10 +119,21 @@ def load(path: str | Path, *, module: Any = None) -> Any:
             f"{FORMAT_VERSION}. It was written by uq {header.get('uq')}; install that version."
         )
     try:
-        return _Reader(tensors, module).decode(header["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if isinstance(error, ModelFileError):
-            raise
+        model = _Reader(tensors, module).decode(header["model"])
+        if not isinstance(model, BaseEstimator):
+            raise ModelFileError(f"{str(path)!r} does not hold a model.")
+        return model
+    except ModelFileError:
+        raise
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,  # RecursionError among them
+        AttributeError,
+        ArithmeticError,
+        MemoryError,
+    ) as error:
         raise ModelFileError(
             f"{str(path)!r} does not hold a usable model: {type(error).__name__}: {error}"
         ) from error
@@ -201,12 +213,16 @@ class _Writer:
 
     def _estimator(self, model: BaseEstimator, where: str) -> dict[str, Any]:
         params = model.get_params(deep=False)
+        if hasattr(model, "params_"):
+            # What was fitted decides the shapes; what was set later decides only how to predict.
+            later = {"n_samples": params["n_samples"]} if "n_samples" in params else {}
+            params = model.params_ | later
         if "callbacks" in params:
             params["callbacks"] = ()
         if not isinstance(params.get("random_state"), int | np.integer):
             params.pop("random_state", None)
         has_module = params.pop("module", None) is not None
-        fitted = {k: v for k, v in vars(model).items() if k.endswith("_") and not k.startswith("_")}
+        fitted = {k: v for k, v in vars(model).items() if _is_fitted_name(k) and k != "params_"}
         return {
             "class": type(model).__name__,
             "needs_module": has_module,
@@ -259,18 +275,32 @@ class _Reader:
                     "pass the network: uq.load(path, module=...)."
                 )
             params["module"] = self.module
-        model = getattr(import_module(_CLASSES[name]), name)(**params)
+        cls = getattr(import_module(_CLASSES[name]), name)
+        model = cls(**params)
         posterior = None
         for key, value in node["fitted"].items():
+            if not _is_fitted_name(key) or hasattr(cls, key):
+                raise ModelFileError(f"the file sets {key!r}, which is not a fitted attribute.")
             if isinstance(value, dict) and "module" in value:
                 posterior = key, value["module"]
             else:
                 setattr(model, key, self.decode(value))
         if posterior is not None:
             key, keys = posterior
-            with isolated_rng(0, torch.device("cpu")):  # its random initial weights are replaced
+            # On the meta device only shapes are made: no random numbers, and no memory for
+            # sizes that a damaged header makes up.
+            with isolated_rng(0, torch.device("cpu")), torch.device("meta"):
                 built = model._build_posterior()  # after the other attributes: they give shapes
             state = {k: self.tensors[where] for k, where in keys.items()}
-            built.load_state_dict(state)
+            built.load_state_dict(state, assign=True)
             setattr(model, key, built.eval())
+        if dataclasses.is_dataclass(cls) and node["fitted"]:
+            model.params_ = model.get_params(deep=False)
+            fields = (f.name for f in dataclasses.fields(cls) if not f.init)
+            if missing := [f for f in fields if not hasattr(model, f)]:
+                raise ModelFileError(f"the file lacks {', '.join(missing)} of the {name}.")
         return model
+
+
+def _is_fitted_name(name: str) -> bool:
+    return name.endswith("_") and not name.startswith("_")

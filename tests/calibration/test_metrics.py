@@ -243,7 +243,13 @@ TWO = normal([0.0, 0.0], 1.0)
         (lambda: brier_score([0, 1], TWO), "must be a CategoricalMixture .* got a NormalMixture"),
         (lambda: crps([0.0], TWO[0]), r"needs batch shape \(n,\) or \(n, m\), got \(\)"),
         (lambda: rmse([], TWO[:0]), "y_true is empty"),
-        (lambda: rmse([0.0], normal([np.nan], 1.0)), r"prediction\.mean is NaN or infinite"),
+        (
+            lambda: rmse(
+                [0.0],
+                NormalMixture(torch.tensor([[np.nan]]), torch.tensor(1.0), validate_args=False),
+            ),
+            r"prediction\.mean is NaN or infinite",
+        ),
         (lambda: rmse([0.0, 1], TWO, sample_weight=[1]), r"sample_weight has shape \(1,\)"),
         (lambda: rmse([0.0, 1], TWO, sample_weight=[1, -1]), "must be finite, >= 0"),
         (lambda: rmse([0.0, 1], TWO, sample_weight=[0, 0]), "not all zero"),

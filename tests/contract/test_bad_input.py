@@ -115,7 +115,7 @@ def test_interrupt_keeps_what_was_learned(method, task):
         if state.epoch == 2:
             raise KeyboardInterrupt
 
-    with pytest.warns(UserWarning, match="interrupted after 2 epochs"):
+    with pytest.warns(UserWarning, match="after 2 epochs: interrupted"):
         model = make(method, task, max_epochs=50, callbacks=[interrupt]).fit(X, y)
     assert model.stop_reason_ == "interrupted"
     assert model.n_epochs_ == 2

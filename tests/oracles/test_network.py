@@ -44,7 +44,9 @@ def test_log_joint_is_the_traced_one(kind):
 def test_prior_log_density_is_that_of_its_distribution():
     net, prior = network("homoscedastic"), NormalPrior(0.3)
     by_distribution = sum(prior.distribution(p).log_prob(p) for p in net.parameters())
-    torch.testing.assert_close(prior.log_prob(net), by_distribution, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        prior.log_prob(net.parameters()), by_distribution, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", LIKELIHOODS)

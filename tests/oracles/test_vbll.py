@@ -7,6 +7,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torch.nn import functional as F
 
+from uq.nn import vbll
 from uq.nn.vbll import CategoricalLastLayer, NormalLastLayer, add_constant
 
 N, D = 60, 4
@@ -235,8 +236,10 @@ def test_jensen_bound_is_above_the_expected_nll(noise):
 
 
 @pytest.mark.statistical
-def test_binary_predictive_against_quadrature():
+def test_binary_predictive_against_quadrature(monkeypatch):
     """z₁ − z₀ is Normal: the predictive is a one-dimensional integral of the sigmoid."""
+    default = vbll._NOISE_POINTS
+    monkeypatch.setattr(vbll, "_NOISE_POINTS", 512)  # so that only the weight draws are random
     head = categorical_head(2, noise=0.8)
     features = torch.randn(5, D, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     with torch.no_grad():
@@ -254,6 +257,19 @@ def test_binary_predictive_against_quadrature():
     error = 5 * per_draw.std(0) / np.sqrt(4000)
     assert ((dist.probs[:, 1] - expected).abs() < error).all()
     assert (error < 0.03).all()
+    monkeypatch.setattr(vbll, "_NOISE_POINTS", default)
+    coarse = head.predictive(features, 4000, torch.Generator().manual_seed(7))
+    assert (coarse.probs - dist.probs).abs().max() < 5 * 0.006  # rms stated at σ = 0.8
+
+
+def test_logit_noise_is_not_epistemic():
+    """Without weight uncertainty the mutual information is 0, however large the noise."""
+    head = categorical_head(3, noise=2.0, spread=0.0)
+    with torch.no_grad():
+        head.log_diagonal.fill_(-40.0)
+        dist = head.predictive(torch.randn(6, D, dtype=torch.float64), 32)
+    assert dist.epistemic.max() < 1e-12
+    assert dist.aleatoric.min() > 0.1
 
 
 def test_gradients_reach_the_features_through_mean_and_variance():

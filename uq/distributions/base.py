@@ -77,7 +77,14 @@ class Predictive(TorchDistribution):
         """Select rows by position: an integer, a slice, or an array of positions or booleans."""
         if not self.batch_shape:
             raise DataError(f"{type(self).__name__} of a single row cannot be indexed.")
-        if not isinstance(key, int | slice):
+        if isinstance(key, tuple):
+            raise DataError(
+                f"{type(self).__name__}: rows are selected by one index; for one of several "
+                "outputs use output(j)."
+            )
+        if isinstance(key, int | np.integer):
+            key = int(key)
+        elif not isinstance(key, slice):
             key = torch.as_tensor(np.asarray(key))
         rows = self._rows(key)
         if self.index is not None and not isinstance(key, int):

@@ -72,6 +72,11 @@ class CategoricalMixture(Predictive):
         if validate_args is not False and bool(self.logits.isnan().any()):
             raise DataError("CategoricalMixture: logits hold NaN or a row of -inf only.")
         self.classes = np.arange(logits.shape[-1]) if classes is None else np.asarray(classes)
+        if self.classes.shape != (logits.shape[-1],):
+            raise DataError(
+                f"CategoricalMixture: classes must name each of the {logits.shape[-1]} columns, "
+                f"got shape {self.classes.shape}."
+            )
         super().__init__(logits.shape[1:-1], validate_args=False)
 
     # -- shape -------------------------------------------------------------------------------
@@ -147,21 +152,25 @@ class CategoricalMixture(Predictive):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability, in nats, of class positions ``value``."""
-        value = value.long()
-        logits = self.logits.to(torch.float64)
+        if bool(((value < 0) | (value >= self.n_classes) | (value != value.floor())).any()):
+            raise DataError(
+                f"CategoricalMixture.log_prob: value must hold class positions 0 to "
+                f"{self.n_classes - 1}, not labels or probabilities."
+            )
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         # The draws go behind the batch, so that leading axes of value broadcast in front.
-        per_draw = logits.movedim(0, -1).expand(*shape, self.n_classes, self.n_draws)
-        where = value.expand(shape)[..., None, None].expand(*shape, 1, self.n_draws)
-        picked = per_draw.gather(-2, where).squeeze(-2)
+        per_draw = self.logits.movedim(0, -1).expand(*shape, self.n_classes, self.n_draws)
+        where = value.long().expand(shape)[..., None, None].expand(*shape, 1, self.n_draws)
+        picked = per_draw.gather(-2, where).squeeze(-2).double()
         return torch.logsumexp(picked, -1) - math.log(self.n_draws)
 
     @property
     def aleatoric(self) -> Tensor:
         """Mean entropy of the draws, in nats."""
-        p = self.logits.exp()
-        # p log p with 0 log 0 = 0: a class that a draw rules out has logit −inf.
-        return -torch.where(p > 0, p * self.logits, 0.0).sum(-1).mean(0, dtype=torch.float64)
+        total = torch.zeros(self.batch_shape, dtype=torch.float64, device=self.logits.device)
+        for log_p in self.logits:  # draw by draw: float64 copies of one draw only
+            total += torch.special.entr(log_p.double().exp()).sum(-1)
+        return total / self.n_draws
 
     @property
     def epistemic(self) -> Tensor:
@@ -174,13 +183,18 @@ class CategoricalMixture(Predictive):
         """
         if self.n_draws == 1:
             raise self._no_epistemic()
-        return self._epistemic()
-
-    def _epistemic(self) -> Tensor:
-        log_mean = self.probs.log().to(self.logits.dtype)
-        p = self.logits.exp()
-        kl = torch.where(p > 0, p * (self.logits - log_mean), 0.0).sum(-1)
-        return kl.mean(0, dtype=torch.float64)
+        mean = torch.zeros(self.logits.shape[1:], dtype=torch.float64, device=self.logits.device)
+        for log_p in self.logits:
+            mean += log_p.double().exp()
+        mean /= self.n_draws
+        log_mean = mean.log()
+        total = torch.zeros(self.batch_shape, dtype=torch.float64, device=self.logits.device)
+        for log_p in self.logits:
+            p = log_p.double().exp()
+            # p log(p/m) − p + m is >= 0 in each term; what is added to the KL cancels over draws.
+            kl = torch.where(p > 0, p * (log_p.double() - log_mean), 0.0) - p + mean
+            total += kl.clamp_min(0.0).sum(-1)  # below 0 by float64 rounding only
+        return total / self.n_draws
 
     def entropy(self) -> Tensor:
         """Entropy of the averaged probabilities, in nats: aleatoric + epistemic."""

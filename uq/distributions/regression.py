@@ -35,6 +35,17 @@ _TAIL = 7.0
 _GRID_STEP = 0.58
 
 
+def _check_parameters(loc: Tensor, scale: Tensor, epistemic_scale: Tensor | None) -> None:
+    if loc.shape[0] == 0:
+        raise DataError("NormalMixture: loc must hold at least one draw.")
+    if not bool(loc.isfinite().all()):
+        raise ParameterError("NormalMixture: loc must be finite.")
+    if not bool((scale > 0).all()):
+        raise ParameterError("NormalMixture: scale must be > 0 everywhere and not NaN.")
+    if epistemic_scale is not None and not bool((epistemic_scale >= 0).all()):
+        raise ParameterError("NormalMixture: epistemic_scale must be >= 0 and not NaN.")
+
+
 def _normal_pdf(z: Tensor) -> Tensor:
     return torch.exp(-0.5 * z.square() - _LOG_SQRT_2PI)
 
@@ -98,8 +109,8 @@ class NormalMixture(Predictive):
         self.loc = loc
         self.scale = scale.expand_as(loc)
         self.epistemic_scale = None if epistemic_scale is None else epistemic_scale.expand_as(loc)
-        if validate_args is not False and not bool((scale > 0).all()):
-            raise ParameterError("NormalMixture: scale must be > 0 everywhere and not NaN.")
+        if validate_args is not False:
+            _check_parameters(self.loc, self.scale, self.epistemic_scale)
         self._event_dim = event_dim
         cut = loc.ndim - event_dim
         super().__init__(loc.shape[1:cut], loc.shape[cut:], validate_args=False)
@@ -176,6 +187,8 @@ class NormalMixture(Predictive):
 
     def affine(self, shift: Tensor | float, factor: Tensor | float) -> Self:
         """Distribution of ``shift + factor * y``, with ``factor`` > 0."""
+        if not bool((torch.as_tensor(factor) > 0).all()):
+            raise ParameterError("NormalMixture.affine: factor must be > 0.")
         tau = self.epistemic_scale
         return type(self)(
             self.loc * factor + shift,
@@ -306,7 +319,12 @@ class NormalMixture(Predictive):
         return torch.cat(modes).reshape(self.batch_shape).to(self.loc.dtype)
 
     def entropy(self) -> Tensor:
-        """Differential entropy in nats; for a mixture by 32-point Gauss-Hermite per component."""
+        """Differential entropy in nats.
+
+        Exact for one draw. For a mixture by 32-point Gauss-Hermite quadrature of log p under each
+        component: about 1e-3 where their scales are within a factor of 10, a few 1e-2 where they
+        differ a hundredfold.
+        """
         if self.n_draws == 1:
             h = self._total_scale[0].log() + 0.5 + _LOG_SQRT_2PI
             return h.sum(-1) if self._event_dim else h

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +36,17 @@ class ArrayBatches:
         self.generator = generator
 
     def __len__(self) -> int:
-        return math.ceil(self.n_rows / self.batch_size)
+        return len(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """Rows of each batch. A last batch of one row, which BatchNorm refuses, joins another."""
+        full, rest = divmod(self.n_rows, self.batch_size)
+        sizes = [self.batch_size] * full
+        if rest == 1 and full:
+            sizes[-1] += 1
+        elif rest:
+            sizes.append(rest)
+        return sizes
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         if self.batch_size == self.n_rows:
@@ -46,9 +55,13 @@ class ArrayBatches:
         first = self.tensors[0]
         order = torch.randperm(self.n_rows, generator=self.generator, device=first.device)
         row_bytes = max(1, sum(t.element_size() * t[0].numel() for t in self.tensors))
-        block = self.batch_size * max(1, _BLOCK_BYTES // (row_bytes * self.batch_size))
-        for rows in order.split(block):
-            gathered = [t[rows].split(self.batch_size) for t in self.tensors]
+        per_block = max(1, _BLOCK_BYTES // (row_bytes * self.batch_size))
+        sizes, start = self._sizes(), 0
+        for i in range(0, len(sizes), per_block):
+            block = sizes[i : i + per_block]
+            rows = order[start : start + sum(block)]
+            start += len(rows)
+            gathered = [t[rows].split(block) for t in self.tensors]
             yield from zip(*gathered, strict=True)
 
 
@@ -61,23 +74,22 @@ class LoaderBatches:
         Yields (x, y) batches.
     prepare : callable
         Maps (x, y) to the tensors that the objective takes, on the right device.
-    n_rows : int
-        Number of rows of one pass.
+    n_batches : int
+        Batches of one pass.
     """
 
     def __init__(
         self,
         loader: DataLoader[Any],
         prepare: Callable[[Any, Any], tuple[Tensor, ...]],
-        n_rows: int,
+        n_batches: int,
     ) -> None:
         self.loader = loader
         self.prepare = prepare
-        self.n_rows = n_rows
-        self.batch_size = loader.batch_size or 1
+        self.n_batches = n_batches
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.n_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for x, y in self.loader:

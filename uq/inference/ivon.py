@@ -41,6 +41,11 @@ class _Group:
 
     def __init__(self, parameters: list[Tensor], init_hess: float) -> None:
         kinds = {(p.dtype, p.device) for p in parameters}
+        if any(not p.dtype.is_floating_point or p.dtype.itemsize < 4 for p in parameters):
+            raise ParameterError(
+                "IVON: parameters must be float32 or float64 (in fewer bits, steps vanish in the "
+                "rounding); train in mixed precision by autocast instead."
+            )
         if len(kinds) > 1:
             raise ParameterError(
                 "IVON: the parameters of one group must share dtype and device, got "
@@ -49,11 +54,9 @@ class _Group:
         self.parameters = parameters
         sizes = [p.numel() for p in parameters]
         like = parameters[0]
-        # Curvature moves by a relative 1e-5 a step, which only float32 or better can hold.
-        dtype = torch.promote_types(like.dtype, torch.float32)
 
         def buffer(fill: float = 0.0) -> Tensor:
-            return torch.full((sum(sizes),), fill, dtype=dtype, device=like.device)
+            return torch.full((sum(sizes),), fill, dtype=like.dtype, device=like.device)
 
         def views(flat: Tensor) -> list[Tensor]:
             parts = flat.split(sizes)
@@ -294,15 +297,16 @@ class IVON(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load curvature, momentum and step counts; training then resumes bit for bit."""
         super().load_state_dict(state_dict)
-        # Values come from the given dict: super() casts them to the parameters' precision.
-        saved = iter(state_dict["state"][i] for i in sorted(state_dict["state"]))
         for group, flat in zip(self.param_groups, self._flat, strict=True):
-            for hess, momentum in zip(flat.hess_views, flat.momentum_views, strict=True):
-                values = next(saved)
-                hess.copy_(values["hess"])
-                momentum.copy_(values["momentum"])
+            for i, p in enumerate(group["params"]):
+                flat.hess_views[i].copy_(self.state[p]["hess"])
+                flat.momentum_views[i].copy_(self.state[p]["momentum"])
             self._publish(group, flat)
         self._count = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be pickled or deep-copied: the copy would not share the parameters' buffers."""
+        raise TypeError("IVON cannot be pickled or copied; save its state_dict() instead.")
 
     def posterior_std(self) -> dict[Tensor, Tensor]:
         """Posterior standard deviation of each parameter, σ = 1/√(λ(h + δ))."""

@@ -35,6 +35,11 @@ class Posterior(nn.Module, ABC):
     seed: Tensor
     """Seed of the draws that a prediction uses: predicting twice gives the same numbers."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(t.dtype for t in self.state_dict().values() if t.is_floating_point())
+
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.register_buffer("seed", torch.tensor(seed))
@@ -168,7 +173,7 @@ class NormalPosterior(WeightPosterior):
         --------
         ``Predictive(model, guide=guide, num_samples=64)(x)["y"]`` samples the predictive.
         """
-        means = {name: p.detach() for name, p in self.network.named_parameters()}
+        means = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
         return BayesianNetwork(self.network, prior), normal_guide(means, self.stds)
 
     def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
@@ -212,6 +217,7 @@ class LastLayerPosterior(Posterior):
 
     def features(self, x: Tensor) -> Tensor:
         """Features of each row, computed in chunks."""
+        self.body.eval()
         with torch.no_grad():
             return torch.cat([self.body(rows) for rows in x.split(_FEATURE_ROWS)])
 
@@ -279,16 +285,31 @@ def monte_carlo(
     per_draw = per_row * len(x) + sum(p.numel() for p in network.parameters())
     draws = int(min(n_draws, max(1, budget / per_draw)))
     rows = int(max(32, budget / (per_row * draws)))
-    evaluate = vmap(lambda w, rows_x: functional_call(network, w, (rows_x,)), in_dims=(0, None))
     columns: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
         for start in range(0, n_draws, draws):
             weights = draw(min(draws, n_draws - start))
-            parts = [evaluate(weights, part) for part in x.split(rows)]
+            parts = [_evaluate(network, weights, part) for part in x.split(rows)]
             columns.append(
                 tuple(torch.cat([t.cpu() for t in ts], 1) for ts in zip(*parts, strict=True))
             )
     return tuple(torch.cat(ts, 0) for ts in zip(*columns, strict=True))
+
+
+def _evaluate(network: nn.Module, weights: Weights, x: Tensor) -> tuple[Tensor, ...]:
+    """Outputs under each of the stacked weights, draws first."""
+    n = len(next(iter(weights.values())))
+    if n > 1:
+        call = vmap(lambda w: functional_call(network, w, (x,)))
+        try:
+            outputs: tuple[Tensor, ...] = call(weights)
+            return outputs
+        except RuntimeError as error:
+            # Recurrent layers have no batching rule: go through the draws one by one.
+            if "atching rule" not in str(error):
+                raise
+    each = [functional_call(network, {k: w[s] for k, w in weights.items()}, (x,)) for s in range(n)]
+    return tuple(torch.stack(ts) for ts in zip(*each, strict=True))
 
 
 def _activation_elements(network: nn.Module, x: Tensor) -> int:

@@ -7,6 +7,7 @@ and an interrupt that keeps what was learned.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,19 +18,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from uq.errors import FitInterruptedWarning, NonFiniteLossError, ParameterError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+# Floating-point operations of a step below which a second CPU thread costs more than it brings:
+# about 2 ms of one core. On a busy machine waiting for it costs a hundred times the step.
+_ONE_THREAD_FLOPS = 1e8
+
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
 class Batches(Protocol):
     """A pass over the data, again and again."""
-
-    n_rows: int
 
     def __len__(self) -> int:
         """Return the number of batches of one pass."""
@@ -100,7 +104,24 @@ def make_fabric(device: str, precision: str) -> Fabric:
     if place.type not in ("cpu", "cuda"):
         raise ParameterError(f"device must be on 'cpu' or 'cuda', got {device!r}.")
     devices: Any = [place.index or 0] if place.type == "cuda" else 1
-    return Fabric(accelerator=place.type, devices=devices, precision=precision)  # type: ignore[arg-type]
+    # Lightning announces mixed precision at info level on every start.
+    logger = logging.getLogger("lightning_fabric.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        return Fabric(accelerator=place.type, devices=devices, precision=precision)  # type: ignore[arg-type]
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _own_threads() -> Iterator[Callable[[int], None]]:
+    """Give a function that sets torch's CPU threads; put the number back after."""
+    before = torch.get_num_threads()
+    try:
+        yield torch.set_num_threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -170,7 +191,7 @@ def train(
         Maps the tensors of a batch to a scalar loss, in nats per row. Changed in place; on return
         it holds the weights of the best epoch where there is held-out loss, else of the last.
     batches : Batches
-        Iterable over batches, with ``len`` and ``n_rows``.
+        Iterable over batches, with ``len``.
     optimizer : Optimizer
         Over the parameters of ``objective``.
     fabric : Fabric
@@ -209,6 +230,7 @@ def train(
     result = TrainingResult()
     best, step = math.inf, 0
     batch: tuple[Tensor, ...] = ()
+    take_step: Callable[[Any], Tensor] = optimizer.step  # type: ignore[assignment]
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -218,61 +240,75 @@ def train(
             nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True)
         return loss.detach()
 
+    def first_step(use_threads: Callable[[int], None]) -> Tensor:
+        """Take a step, and train on one thread from then on if it was a small one."""
+        with FlopCounterMode(display=False) as counter:
+            loss = take_step(closure)
+        if fabric.device.type == "cpu" and counter.get_total_flops() < _ONE_THREAD_FLOPS:
+            use_threads(1)
+        return loss
+
     progress = tqdm(range(max_epochs), desc=description, unit="epoch", disable=verbose < 1)
     objective.train()
     try:
-        for epoch in progress:
-            losses = []
-            for tensors in batches:
-                batch = tensors
-                if schedule is not None:
-                    factor = schedule(step)
-                    for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
-                        group["lr"] = lr * factor
-                losses.append(optimizer.step(closure))  # type: ignore[arg-type]
-                step += 1
-            train_loss = float(torch.stack(losses).mean())  # type: ignore[arg-type]
-            held_out = None
-            if held_out_loss is not None and math.isfinite(train_loss):
-                held_out = _evaluate(objective, held_out_loss)
-            current = train_loss if held_out is None else held_out
-            if not math.isfinite(current):
-                result.error = _non_finite(description, epoch, result.history)
-                result.stop_reason = "non_finite"
-                break
-            result.history["train_loss"].append(train_loss)
-            if held_out is not None:
-                result.history["held_out_loss"].append(held_out)
-                progress.set_postfix(loss=f"{train_loss:.3f}", held_out=f"{held_out:.3f}")
-            else:
-                progress.set_postfix(loss=f"{train_loss:.3f}")
-            if held_out is None or held_out < best:
-                best, result.best_epoch = current, epoch + 1
-                state.take()
-            told = TrainingState(epoch + 1, train_loss, held_out, objective)
-            asked = [callback(told) is True for callback in callbacks]  # every one is told
-            if any(asked):
-                result.stop_reason = "callback"
-                break
-            if patience is not None and epoch + 1 - result.best_epoch >= patience:
-                result.stop_reason = "patience"
-                break
+        with _own_threads() as use_threads:
+            for epoch in progress:
+                losses = []
+                for tensors in batches:
+                    batch = tensors
+                    if schedule is not None:
+                        factor = schedule(step)
+                        for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
+                            group["lr"] = lr * factor
+                    if step == 0:
+                        losses.append(first_step(use_threads))
+                    else:
+                        losses.append(take_step(closure))
+                    step += 1
+                train_loss = float(torch.stack(losses).mean())
+                held_out = None
+                if held_out_loss is not None and math.isfinite(train_loss):
+                    held_out = _evaluate(objective, held_out_loss)
+                current = train_loss if held_out is None else held_out
+                if not math.isfinite(current):
+                    result.error = _non_finite(description, epoch, result.history)
+                    result.stop_reason = "non_finite"
+                    break
+                result.history["train_loss"].append(train_loss)
+                if held_out is not None:
+                    result.history["held_out_loss"].append(held_out)
+                    progress.set_postfix(loss=f"{train_loss:.3f}", held_out=f"{held_out:.3f}")
+                else:
+                    progress.set_postfix(loss=f"{train_loss:.3f}")
+                if held_out is None or held_out < best:
+                    best, result.best_epoch = current, epoch + 1
+                    state.take()
+                told = TrainingState(epoch + 1, train_loss, held_out, objective)
+                asked = [callback(told) is True for callback in callbacks]  # every one is told
+                if any(asked):
+                    result.stop_reason = "callback"
+                    break
+                if patience is not None and epoch + 1 - result.best_epoch >= patience:
+                    result.stop_reason = "patience"
+                    break
     except KeyboardInterrupt:
         if not result.history["train_loss"]:
             raise  # nothing was learned yet, so there is nothing to keep
         result.stop_reason = "interrupted"
-        warnings.warn(
-            f"{description} was interrupted after {len(result.history['train_loss'])} epochs; "
-            f"the weights of epoch {result.best_epoch} are kept.",
-            FitInterruptedWarning,
-            stacklevel=2,
-        )
+        epochs = len(result.history["train_loss"])
+        kept = f"the weights of epoch {result.best_epoch} are kept"
+        warn_interrupted(f"{description}, after {epochs} epochs", kept)
     finally:
         progress.close()
         state.restore()
         objective.eval()
         optimizer.zero_grad()
     return result
+
+
+def warn_interrupted(what: str, kept: str) -> None:
+    """Tell that training was interrupted and what is left of it."""
+    warnings.warn(f"{what}: interrupted; {kept}.", FitInterruptedWarning, stacklevel=3)
 
 
 def _wraps(fabric: Fabric) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
@@ -30,7 +30,7 @@ from sklearn.utils.validation import (
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, random_split
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from uq.distributions import CategoricalMixture, NormalMixture, Predictive
 from uq.errors import DataError, ParameterError
@@ -83,13 +83,15 @@ SHARED_TAIL = """\
 patience : int, "auto" or None, default={patience}
         Stop after this many epochs without a better negative log likelihood on a tenth of the rows,
         held out for it, and keep the best weights; "auto" takes a tenth of the epochs, at least 20.
-        None trains on all rows to the end.
+        None trains on all rows to the end. A DataLoader holds nothing out. IVON is scored at its
+        mean weights.
     device : str, default="auto"
         "cpu", "cuda", "cuda:1"; "auto" takes CUDA where there is one.
     precision : {{"32-true", "64-true", "bf16-mixed"}}, default="32-true"
         Arithmetic of training, in Lightning's names.
     random_state : int, RandomState or None, default=None
-        Seed of everything random; the same seed gives the same bits on the same device.
+        Seed of everything random; the same seed gives the same bits on the same device. None
+        draws one from NumPy's global generator, as scikit-learn does.
     callbacks : sequence of callable, default=()
         Called with a :class:`uq.inference.TrainingState` after each epoch; True stops.
     verbose : int, default=0
@@ -212,6 +214,7 @@ class Estimator(BaseEstimator, ABC):
     verbose: int = 0
 
     posterior_: Posterior = field(init=False)
+    params_: dict[str, Any] = field(init=False)
     input_shape_: tuple[int, ...] = field(init=False)
     x_mean_: np.ndarray | None = field(init=False)
     x_scale_: np.ndarray | None = field(init=False)
@@ -234,10 +237,21 @@ class Estimator(BaseEstimator, ABC):
         check_hidden(self)
         check_number(self, "max_epochs", at_least=1, integer=True, optional=True)
         check_number(self, "batch_size", at_least=1, integer=True, optional=True)
-        check_number(self, "lr", above=0)
+        check_number(self, "lr", above=0, below=math.inf)
         if self.patience != "auto":
             check_number(self, "patience", at_least=1, integer=True, optional=True)
+        check_number(self, "verbose", at_least=0, integer=True)
         check_choice(self, "precision", PRECISIONS)
+        if not isinstance(self.device, str):
+            raise ParameterError(
+                f"{type(self).__name__}: device must be a string such as 'auto', 'cpu' or "
+                f"'cuda:1', got {self.device!r}."
+            )
+        if not isinstance(self.callbacks, Sequence) or not all(map(callable, self.callbacks)):
+            raise ParameterError(
+                f"{type(self).__name__}: callbacks must be a sequence of functions, got "
+                f"{self.callbacks!r}."
+            )
         if self.module is not None and not callable(self.module):
             raise ParameterError(
                 f"{type(self).__name__}: module must be a torch.nn.Module, a function "
@@ -251,16 +265,20 @@ class Estimator(BaseEstimator, ABC):
         """Likelihood for the targets that were fitted."""
 
     @abstractmethod
-    def _learn_targets(self, y: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
-        """Learn classes or scale from ``y``; return what the network is trained on."""
+    def _check_targets(self, y: np.ndarray) -> np.ndarray:
+        """Check ``y`` and learn its classes or shape; return positions (n,) or reals (n, m)."""
 
     @abstractmethod
-    def _learn_target_stream(self, batches: list[np.ndarray]) -> None:
-        """Learn classes or scale from batches of targets."""
+    def _learn_target_scale(self, y: np.ndarray, weight: np.ndarray | None) -> None:
+        """Learn the scale of the rows to train on; nothing for classes."""
+
+    @abstractmethod
+    def _scale_targets(self, y: np.ndarray) -> np.ndarray:
+        """What the network is trained on, from what ``_check_targets`` returned."""
 
     @abstractmethod
     def _encode_targets(self, y: np.ndarray) -> np.ndarray:
-        """Targets as the network is trained on them."""
+        """What the network is trained on, from the user's targets."""
 
     @abstractmethod
     def _user_scale(self, dist: Any) -> Predictive:
@@ -280,7 +298,8 @@ class Estimator(BaseEstimator, ABC):
         y : array-like of shape (n,) or (n, m)
             Labels (numbers, strings or booleans), or real targets in any unit.
         sample_weight : array-like of shape (n,), optional
-            Weight of each row, as if the row were there that many times. Not for a Dataset.
+            Weight of each row, as if the row were there that many times: their sum is the N of the
+            likelihood, so weights that sum to 1 leave little but the prior. Not for a Dataset.
 
         Returns
         -------
@@ -306,6 +325,9 @@ class Estimator(BaseEstimator, ABC):
             else:
                 data = self._read_arrays(X, y, sample_weight, fabric, seeds)
             posterior, result = self._infer(data)
+        if result.error is not None and result.best_epoch == 0:
+            raise result.error  # nothing was learned that could be kept
+        self.params_ = self.get_params(deep=False)
         self.posterior_ = posterior.eval()
         self.history_ = result.history
         self.stop_reason_ = result.stop_reason
@@ -334,11 +356,9 @@ class Estimator(BaseEstimator, ABC):
             dtype=self._input_dtype(X),
             allow_nd=self.module is not None,
             ensure_all_finite=False,
-            **self._target_checks(),
+            multi_output=not is_classifier(self),
         )
         check_finite(X, f"{name}.fit", getattr(self, "feature_names_in_", None))
-        if len(X) < 2:
-            raise DataError(f"{name}.fit needs n_samples >= 2, got n_samples = {len(X)}.")
         self.input_shape_ = tuple(int(side) for side in X.shape[1:])
         weight = None
         if sample_weight is not None:
@@ -347,22 +367,28 @@ class Estimator(BaseEstimator, ABC):
                 raise DataError(f"{name}.fit: sample_weight must be >= 0 and not all zero.")
             # A row of weight 0 is a row that is not there.
             X, y, weight = X[weight > 0], y[weight > 0], weight[weight > 0]
-        targets = self._learn_targets(y, weight)
-        self._learn_inputs(X, weight)
+        self._need_two_rows(len(X))
+        y = self._check_targets(y)
+        # The held-out rows are set aside first: no scale is learned from them.
+        kept, held = self._split(y, seeds.split)
+        kept_weight = None if weight is None else weight[kept]
+        scaler = (
+            StandardScaler().fit(X[kept], sample_weight=kept_weight)
+            if (self._standardizes)
+            else None
+        )
+        self._set_input_scale(scaler)
+        self._learn_target_scale(y[kept], kept_weight)
 
-        arrays = [self._input_tensor(X), torch.as_tensor(targets)]
-        if weight is not None:
-            arrays.append(torch.as_tensor(weight / weight.mean()))
+        arrays = [self._input_tensor(X), torch.as_tensor(self._scale_targets(y))]
+        if weight is not None and kept_weight is not None:
+            arrays.append(torch.as_tensor(weight / kept_weight.mean()))
         tensors = [self._place(a, fabric.device) for a in arrays]
-        held_out = None
-        if self.patience is not None:
-            kept, held = _split(targets, seeds.split)
-            held_out = tuple(t[held] for t in tensors)
-            tensors = [t[kept] for t in tensors]
-            weight = None if weight is None else weight[kept.numpy()]
-        n_effective = float(len(tensors[0]) if weight is None else weight.sum())
+        n_effective = float(len(kept) if kept_weight is None else kept_weight.sum())
         shuffle = torch.Generator(fabric.device).manual_seed(seeds.shuffle)
-        batches = ArrayBatches(*tensors, batch_size=self.batch_size, generator=shuffle)
+        train_on = [t[torch.as_tensor(kept)] for t in tensors] if len(held) else tensors
+        batches = ArrayBatches(*train_on, batch_size=self.batch_size, generator=shuffle)
+        held_out = tuple(t[torch.as_tensor(held)] for t in tensors) if len(held) else None
         return TrainingData(batches, n_effective, held_out, fabric, seeds)
 
     def _read_dataset(
@@ -374,46 +400,95 @@ class Estimator(BaseEstimator, ABC):
                 f"{name}.fit: a Dataset or DataLoader yields (x, y) itself; leave y and "
                 "sample_weight at None."
             )
-        held_out_set = None
-        if isinstance(source, DataLoader):
-            loader, survey = source, source
-        else:
+        if isinstance(source, IterableDataset):
+            raise DataError(
+                f"{name}.fit: an IterableDataset has no rows to shuffle or to hold out; give a "
+                "DataLoader over it, whose batches are taken as they come."
+            )
+        is_loader = isinstance(source, DataLoader)
+        survey = source if is_loader else DataLoader(source, self.batch_size or len(source))
+        targets = self._survey(survey)
+        y = self._check_targets(np.concatenate(targets))
+        kept, held = np.arange(len(y)), np.arange(0)
+        if not is_loader:
+            kept, held = self._split(y, seeds.split)
+        loader, held_out = source, None
+        if not is_loader:
+            size = min(self.batch_size or len(kept), len(kept))
             shuffle = torch.Generator().manual_seed(seeds.shuffle)
-            if self.patience is not None:
-                split = torch.Generator().manual_seed(seeds.split)
-                source, held_out_set = random_split(source, [0.9, 0.1], generator=split)
-            size = self.batch_size or len(source)
-            loader = DataLoader(source, size, shuffle=True, generator=shuffle)
-            survey = DataLoader(source, size)
-        n_rows, targets, scaler = 0, [], StandardScaler()
-        for x, target in survey:
-            if n_rows == 0:
+            rows = Subset(source, kept.tolist())
+            # A last batch of one row would stop BatchNorm.
+            loader = DataLoader(
+                rows, size, shuffle=True, generator=shuffle, drop_last=len(kept) % size == 1 < size
+            )
+        scaler = StandardScaler()
+        if self._standardizes:
+            for x, _ in loader:
+                scaler.partial_fit(_as_numpy(x))
+        self._set_input_scale(scaler if self._standardizes else None)
+        self._learn_target_scale(y[kept], None)
+
+        def prepare(x: Any, target: Any) -> tuple[Tensor, ...]:
+            encoded = self._encode_targets(_as_numpy(target))
+            both = self._input_tensor(_as_numpy(x)), torch.as_tensor(encoded)
+            return tuple(self._place(t, fabric.device) for t in both)
+
+        if len(held):
+            rest = DataLoader(Subset(source, held.tolist()), len(held))
+            held_out = prepare(*next(iter(rest)))
+        n_batches = len(targets) if is_loader else len(loader)
+        batches = LoaderBatches(loader, prepare, n_batches)
+        return TrainingData(batches, float(len(kept)), held_out, fabric, seeds)
+
+    def _survey(self, loader: DataLoader[Any]) -> list[np.ndarray]:
+        """Go through a loader once: check its batches, learn the row shape, collect targets."""
+        name = type(self).__name__
+        targets: list[np.ndarray] = []
+        for batch in loader:
+            pair = isinstance(batch, list | tuple) and len(batch) == 2
+            if not pair or not all(isinstance(t, Tensor) for t in batch):
+                raise DataError(
+                    f"{name}.fit: a Dataset or DataLoader must yield pairs (x, y) of tensors or "
+                    f"numbers, got {type(batch).__name__} "
+                    f"of {[type(t).__name__ for t in batch][:3]}."
+                )
+            x, target = (_as_numpy(t) for t in batch)
+            if not targets:
                 self.input_shape_ = tuple(x.shape[1:])
                 if len(self.input_shape_) != 1 and self.module is None:
                     raise ParameterError(
                         f"{name}: rows of shape {self.input_shape_} need a network; pass module=."
                     )
                 self.n_features_in_ = int(self.input_shape_[0])
-            check_finite(x.numpy(), f"{name}.fit", None)
-            if self._standardizes:
-                scaler.partial_fit(x.numpy())
-            n_rows += len(x)
-            targets.append(target.numpy())
-        if n_rows < 2:
-            raise DataError(f"{name}.fit needs n_samples >= 2, got n_samples = {n_rows}.")
-        self._learn_target_stream(targets)
-        self._set_input_scale(scaler if self._standardizes else None)
+                self.__dict__.pop("feature_names_in_", None)  # of an earlier fit on a DataFrame
+            check_finite(x, f"{name}.fit", None)
+            targets.append(target)
+        self._need_two_rows(sum(map(len, targets)))
+        return targets
 
-        def prepare(x: Any, target: Any) -> tuple[Tensor, ...]:
-            encoded = self._encode_targets(target.numpy())
-            both = self._input_tensor(x.numpy()), torch.as_tensor(encoded)
-            return tuple(self._place(t, fabric.device) for t in both)
+    def _need_two_rows(self, n: int) -> None:
+        if n < 2:
+            raise DataError(f"{type(self).__name__}.fit needs n_samples >= 2, got n_samples = {n}.")
 
-        held_out = None
-        if held_out_set is not None:
-            held_out = prepare(*next(iter(DataLoader(held_out_set, len(held_out_set)))))
-        batches = LoaderBatches(loader, prepare, n_rows)
-        return TrainingData(batches, float(n_rows), held_out, fabric, seeds)
+    def _split(self, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the rows to train on, and of the tenth that early stopping watches.
+
+        Classes are split evenly; one that has a single row is trained on.
+        """
+        rows = np.arange(len(y))
+        n_held = max(1, round(0.1 * len(y)))
+        if self.patience is None:
+            return rows, rows[:0]
+        strata, single = None, rows[:0]
+        if y.ndim == 1:
+            counts = np.bincount(y)
+            single = rows[counts[y] == 1]
+            rows = rows[counts[y] > 1]
+            strata = y[rows] if n_held >= (counts > 1).sum() > 0 else None
+        if len(rows) < 2:
+            return np.arange(len(y)), rows[:0]
+        kept, held = train_test_split(rows, test_size=n_held, random_state=seed, stratify=strata)
+        return np.sort(np.concatenate([kept, single])), np.sort(held)
 
     def _input_dtype(self, X: Any) -> Any:
         # Images stay in float32; a table may hold year stamps that float32 would blur
@@ -422,24 +497,21 @@ class Estimator(BaseEstimator, ABC):
             return np.float32
         return [np.float64, np.float32]
 
-    @abstractmethod
-    def _target_checks(self) -> dict[str, Any]:
-        """Keyword arguments of ``validate_data`` about y."""
-
-    def _learn_inputs(self, X: np.ndarray, weight: np.ndarray | None) -> None:
-        standardizes = self._standardizes
-        self._set_input_scale(
-            StandardScaler().fit(X, sample_weight=weight) if standardizes else None
-        )
-
     def _set_input_scale(self, scaler: StandardScaler | None) -> None:
         self.x_mean_ = None if scaler is None else scaler.mean_
         self.x_scale_ = None if scaler is None else scaler.scale_
 
-    def _input_tensor(self, X: np.ndarray) -> Tensor:
+    def _input_tensor(self, X: np.ndarray, *, predicting: bool = False) -> Tensor:
         if self.x_mean_ is not None:
             X = (X - self.x_mean_) / self.x_scale_
-        return torch.tensor(X, dtype=self._dtype)
+        dtype = self.posterior_.dtype if predicting else self._dtype
+        x = torch.tensor(X, dtype=dtype)
+        if not bool(x.isfinite().all()):
+            raise DataError(
+                f"{type(self).__name__}: X holds values beyond the range of {dtype} (after "
+                "standardising); rescale them or look for outliers."
+            )
+        return x
 
     def _place(self, tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device, self._dtype if tensor.is_floating_point() else None)
@@ -465,9 +537,11 @@ class Estimator(BaseEstimator, ABC):
                     f"{type(self).__name__}: module(d_in, d_out) must return a torch.nn.Module, "
                     f"got {type(body).__name__}."
                 )
-        body = body.cpu().to(self._dtype)
-        if d_out is not None:
-            check_width(body, self._example(), d_out, why)
+        example = self._example()
+        body = body.to(example.device, self._dtype)
+        # While a file is loaded, modules are on the meta device, where not every one can run.
+        if d_out is not None and example.device.type != "meta":
+            check_width(body, example, d_out, why)
         return body
 
     def _network(self) -> Network:
@@ -548,7 +622,7 @@ class Estimator(BaseEstimator, ABC):
                 f"on rows of shape {tuple(self.input_shape_)}."
             )
         check_finite(X, type(self).__name__, getattr(self, "feature_names_in_", None))
-        return self._input_tensor(X).to(self.posterior_.seed.device), index
+        return self._input_tensor(X, predicting=True).to(self.posterior_.seed.device), index
 
     def predict_distribution(self, X: Any) -> Predictive:
         """Predict a distribution for each row.
@@ -565,6 +639,8 @@ class Estimator(BaseEstimator, ABC):
             distribution. Posterior draws are shared by all rows and by all calls.
         """
         x, index = self._posterior_at(X)
+        if hasattr(self, "n_samples"):
+            check_number(self, "n_samples", at_least=1, integer=True)
         dist = self._user_scale(self.posterior_(x, getattr(self, "n_samples", 1)))
         dist.index = index
         return dist
@@ -586,6 +662,8 @@ class Estimator(BaseEstimator, ABC):
             its values at different rows belong together.
         """
         x, _ = self._posterior_at(X)
+        if not isinstance(n, int | np.integer) or n < 1:
+            raise ParameterError(f"sample_functions: n must be an integer >= 1, got {n!r}.")
         return self._function_scale(self.posterior_.functions(x, n).double().numpy())
 
     @abstractmethod
@@ -604,6 +682,9 @@ class Estimator(BaseEstimator, ABC):
 
     def save(self, path: str | Path) -> None:
         """Write the fitted estimator to one safetensors file; read it by :func:`uq.load`.
+
+        The file holds the parameters that were fitted, without ``callbacks``, a ``random_state``
+        that is not an integer, and the code of ``module``.
 
         Raises
         ------
@@ -628,19 +709,24 @@ class Classifier(ClassifierMixin, Estimator):
     def _width_reason(self) -> str:
         return f"one logit for each of the {len(self.classes_)} classes"
 
-    def _target_checks(self) -> dict[str, Any]:
-        return {}
-
-    def _learn_targets(self, y: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+    def _check_targets(self, y: np.ndarray) -> np.ndarray:
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
-        self.classes_, positions = np.unique(y, return_inverse=True)
+        try:
+            self.classes_, positions = np.unique(y, return_inverse=True)
+        except TypeError as error:
+            raise DataError(
+                f"{type(self).__name__}.fit: the labels in y cannot be ordered ({error}); missing "
+                "or mixed labels?"
+            ) from error
         self._need_two_classes()
         return positions
 
-    def _learn_target_stream(self, batches: list[np.ndarray]) -> None:
-        self.classes_ = np.unique(np.concatenate(batches))
-        self._need_two_classes()
+    def _learn_target_scale(self, y: np.ndarray, weight: np.ndarray | None) -> None:
+        pass
+
+    def _scale_targets(self, y: np.ndarray) -> np.ndarray:
+        return y
 
     def _need_two_classes(self) -> None:
         if len(self.classes_) < 2:
@@ -695,21 +781,30 @@ class Regressor(RegressorMixin, Estimator):
     def _width_reason(self) -> str:
         return f"one for each of the {len(self.y_mean_)} targets"
 
-    def _target_checks(self) -> dict[str, Any]:
-        return {"multi_output": True, "y_numeric": True}
-
-    def _learn_targets(self, y: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+    def _check_targets(self, y: np.ndarray) -> np.ndarray:
         self.y_is_1d_ = y.ndim == 1
-        y = y.reshape(len(y), -1)
+        return self._as_real(y).reshape(len(y), -1)
+
+    def _as_real(self, y: Any) -> np.ndarray:
+        try:
+            real = np.asarray(y, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{type(self).__name__}: y must hold numbers: {error}.") from error
+        if not np.isfinite(real).all():
+            raise DataError(f"{type(self).__name__}: y contains NaN or infinity.")
+        if real.size and np.abs(real).max() > 1e150:  # squares overflow
+            raise DataError(f"{type(self).__name__}: y holds values above 1e150; rescale it.")
+        return real
+
+    def _learn_target_scale(self, y: np.ndarray, weight: np.ndarray | None) -> None:
         scaler = StandardScaler().fit(y, sample_weight=weight)
         self.y_mean_, self.y_scale_ = scaler.mean_, scaler.scale_
-        return self._encode_targets(y)
 
-    def _learn_target_stream(self, batches: list[np.ndarray]) -> None:
-        self._learn_targets(np.concatenate(batches), None)
+    def _scale_targets(self, y: np.ndarray) -> np.ndarray:
+        return (y - self.y_mean_) / self.y_scale_
 
     def _encode_targets(self, y: np.ndarray) -> np.ndarray:
-        return (y.reshape(len(y), -1) - self.y_mean_) / self.y_scale_
+        return self._scale_targets(self._as_real(y).reshape(len(y), -1))
 
     def _user_scale(self, dist: NormalMixture) -> Predictive:
         dist = dist.affine(torch.as_tensor(self.y_mean_), torch.as_tensor(self.y_scale_))
@@ -720,7 +815,7 @@ class Regressor(RegressorMixin, Estimator):
         return values[..., 0] if self.y_is_1d_ else values
 
     def _log_prob(self, dist: NormalMixture, y: Any) -> Tensor:
-        y = torch.as_tensor(np.asarray(y, dtype=np.float64))
+        y = torch.as_tensor(self._as_real(y))
         if y.shape != dist.batch_shape:
             raise DataError(
                 f"{type(self).__name__}: y has shape {tuple(y.shape)}, but the predictions have "
@@ -775,17 +870,3 @@ def _as_numpy(data: Any) -> Any:
         data = data.detach().cpu()
         return (data.float() if data.dtype == torch.bfloat16 else data).numpy()
     return data
-
-
-def _split(targets: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-    """Positions of the rows to train on, and of a tenth that is held out (by class)."""
-    n = len(targets)
-    rows = np.arange(n)
-    n_held = max(1, round(0.1 * n))
-    strata = None
-    if targets.ndim == 1:
-        counts = np.bincount(targets)
-        if n_held >= len(counts) and counts[counts > 0].min() >= 2:
-            strata = targets
-    kept, held = train_test_split(rows, test_size=n_held, random_state=seed, stratify=strata)
-    return torch.as_tensor(np.sort(kept)), torch.as_tensor(np.sort(held))

@@ -2,14 +2,20 @@
 
 B. Lakshminarayanan, A. Pritzel, C. Blundell, "Simple and Scalable Predictive Uncertainty Estimation
 using Deep Ensembles", NeurIPS 2017, arXiv 1612.01474. Members see all the rows, in different order.
+A ``module`` that is given as an instance is re-initialised for each member. ``history_`` and
+``stop_reason_`` are those of the last member.
 """
 
 from __future__ import annotations
 
 from dataclasses import field
 
+import torch
+from torch import nn
+
+from uq.errors import ParameterError
 from uq.inference.posterior import DrawsPosterior
-from uq.inference.training import TrainingResult, isolated_rng
+from uq.inference.training import TrainingResult, isolated_rng, warn_interrupted
 from uq.models.base import (
     Classifier,
     NetworkRegressor,
@@ -19,6 +25,7 @@ from uq.models.base import (
 )
 from uq.models.checks import check_number
 from uq.models.map import PointEstimator
+from uq.nn.network import Network
 
 
 @estimator
@@ -32,15 +39,43 @@ class _Ensemble(PointEstimator):
         check_number(self, "n_members", at_least=2, integer=True)
 
     def _infer(self, data: TrainingData) -> tuple[DrawsPosterior, TrainingResult]:
+        networks: list[Network] = []
+        for network in self._initial_networks(data):
+            try:
+                result = self._fit_network(network, data)
+            except KeyboardInterrupt:
+                if not networks:
+                    raise
+                result.stop_reason = "interrupted"  # of the member before
+                warn_interrupted(type(self).__name__, f"the first {len(networks)} members are kept")
+                break
+            if result.best_epoch > 0:
+                networks.append(network)
+            if result.error is not None or result.stop_reason == "interrupted":
+                break
+        if not networks:
+            raise result.error or KeyboardInterrupt
+        result.best_epoch = max(result.best_epoch, 1)  # there are members to keep
+        self.n_members_ = len(networks)
+        return DrawsPosterior.stack(networks, data.seeds.predict), result
+
+    def _initial_networks(self, data: TrainingData) -> list[Network]:
         networks = []
         for member in range(self.n_members):
             with isolated_rng(data.seeds.init + member, data.fabric.device):
-                network, result = self._fit_network(data)
+                network = self._network()
+                if isinstance(self.module, nn.Module):  # copies of one network start as one
+                    for part in network.body.modules():
+                        if callable(reset := getattr(part, "reset_parameters", None)):
+                            reset()
             networks.append(network)
-            if result.error is not None or result.stop_reason == "interrupted":
-                break
-        self.n_members_ = len(networks)
-        return DrawsPosterior.stack(networks, data.seeds.predict), result
+        first, second = ([*n.body.parameters()] for n in networks[:2])
+        if first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+            raise ParameterError(
+                f"{type(self).__name__}: module gives every member the same initial weights; pass "
+                "a function f(d_in, d_out) that makes a new network at each call."
+            )
+        return networks
 
     def _build_posterior(self) -> DrawsPosterior:
         return DrawsPosterior.stack([self._network() for _ in range(self.n_members_)])

@@ -87,8 +87,9 @@ class _IVON(Estimator):
 
 _PARAMETERS = """\
 prior_scale : float, default=0.4
-        Standard deviation of the Gaussian prior on every weight: smaller for few or noisy rows (0.2),
-        larger for many clean ones (1.0). Weight decays of other optimizers do not carry over.
+        Standard deviation of the Gaussian prior on every weight: smaller for few or noisy rows
+        (0.2), larger for many clean ones (1.0). Weight decays of other optimizers do not carry
+        over.
     init_std : float, default=0.02
         Posterior standard deviation at the start; much above 0.1 drowns a small network in noise.
     beta2 : float, optional

@@ -38,21 +38,21 @@ class PointEstimator(Estimator):
         super()._check_parameters()
         check_number(self, "prior_scale", above=0)
 
-    def _fit_network(self, data: TrainingData) -> tuple[Network, TrainingResult]:
-        """Train one network from the current state of torch's generator."""
-        network = self._network().to(data.fabric.device)
+    def _fit_network(self, network: Network, data: TrainingData) -> TrainingResult:
+        """Train one network in place."""
+        network.to(data.fabric.device)
         decay = NormalPrior(self.prior_scale).precision / data.n_effective
         optimizer = torch.optim.Adam(network.parameters(), self.lr, weight_decay=decay, fused=True)
         n_steps = self._n_epochs(data) * len(data.batches)
         objective = NetworkObjective(network)
-        result = self._train(objective, optimizer, data, schedule=cosine_schedule(n_steps))
-        return network, result
+        return self._train(objective, optimizer, data, schedule=cosine_schedule(n_steps))
 
 
 @estimator
 class _MAP(PointEstimator):
     def _infer(self, data: TrainingData) -> tuple[DrawsPosterior, TrainingResult]:
-        network, result = self._fit_network(data)
+        network = self._network()
+        result = self._fit_network(network, data)
         return DrawsPosterior.stack([network], data.seeds.predict), result
 
     def _build_posterior(self) -> DrawsPosterior:

@@ -1,7 +1,7 @@
 """VBLL: a network with a variational Bayesian last layer, one forward pass to predict.
 
 The heads and their equations are in :mod:`uq.nn.vbll`. The body is trained together with the head
-by −ELBO/N; its weight decay is the MAP prior of the features, the head's own prior is in the ELBO.
+by −ELBO/N; AdamW's weight decay regularises the body, the head's own prior is in the ELBO.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _VBLL(Estimator):
 
 _PARAMETERS = """\
 prior_scale : float, default=1.0
-        Variance of the prior on the last layer's weights, times the number of features.
+        Variance of the prior on the last layer's weights, times the number of features{times}.
     wishart_scale : float, default={wishart}
         Scale V of the inverse-Wishart prior on the noise variance.
     covariance : {{"dense", "diagonal", "lowrank"}}, default="dense"
@@ -109,14 +109,14 @@ prior_scale : float, default=1.0
     rank : int, default=3
         Rank of the "lowrank" covariance.
     weight_decay : float, default=1e-4
-        Decoupled weight decay of the body; the head's prior is part of its loss."""
+        Decoupled (AdamW) weight decay of the body; the head's prior is part of its loss."""
 
 
 @documented(
     lr="3e-3",
     patience='"auto"',
     outputs="features (n, D)",
-    own=_PARAMETERS.format(wishart="1.0"),
+    own=_PARAMETERS.format(wishart="1.0", times=", halved"),
 )
 @estimator
 class VBLLClassifier(_VBLL, Classifier):
@@ -177,7 +177,10 @@ class VBLLClassifier(_VBLL, Classifier):
 
 
 @documented(
-    lr="3e-3", patience='"auto"', outputs="features (n, D)", own=_PARAMETERS.format(wishart="0.1")
+    lr="3e-3",
+    patience='"auto"',
+    outputs="features (n, D)",
+    own=_PARAMETERS.format(wishart="0.1", times=""),
 )
 @estimator
 class VBLLRegressor(_VBLL, Regressor):

@@ -1,11 +1,10 @@
-"""A network as a Pyro model: every weight a sample site, the likelihood under a plate."""
+"""A network as a Pyro model: every trainable weight a sample site, the likelihood under a plate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pyro
-import torch
 from pyro.distributions import Normal
 from pyro.nn import PyroModule
 from torch import Tensor
@@ -44,6 +43,7 @@ class BayesianNetwork(PyroModule):
         weights = {
             name: pyro.sample(name, self.prior.distribution(p.detach()))
             for name, p in self.network.named_parameters()
+            if p.requires_grad
         }
         parameters = functional_call(self.network, weights, (x,))
         with pyro.plate("data", len(x)):
@@ -54,9 +54,9 @@ class BayesianNetwork(PyroModule):
 
     def log_joint(self, weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         """Log prior plus log likelihood at ``weights``, in nats."""
-        prior = torch.stack([self.prior.distribution(w).log_prob(w) for w in weights.values()])
         parameters = functional_call(self.network, weights, (x,))
-        return prior.sum() - self.network.likelihood.nll(parameters, y).sum()
+        nll = self.network.likelihood.nll(parameters, y).sum()
+        return self.prior.log_prob(weights.values()) - nll
 
 
 def normal_guide(

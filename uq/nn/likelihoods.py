@@ -21,7 +21,6 @@ from uq.errors import ParameterError
 # lets the density run off to infinity on interpolated data.
 SCALE_FLOOR = 1e-3
 INITIAL_SCALE = 0.5
-_GAIN = 5.0
 
 
 class Likelihood(nn.Module, ABC):
@@ -97,8 +96,9 @@ class NormalLikelihood(Likelihood):
         self.n_outputs = 2 * n_targets
         if noise == "homoscedastic":
             self.n_outputs = n_targets
-            # Zero is the initial value, so a prior centred at zero pulls the noise to where it
-            # starts; the gain lets the noise move far while the weights' prior is narrow.
+            # Zero is the initial value, so that a prior centred at zero pulls the noise to where
+            # it starts. No gain on it: that would square into the curvature, which IVON learns
+            # more slowly than the noise would then move.
             self.raw_scale = nn.Parameter(torch.zeros(n_targets))
 
     def forward(self, outputs: Tensor) -> tuple[Tensor, ...]:
@@ -106,7 +106,7 @@ class NormalLikelihood(Likelihood):
         if self.raw_scale is None:
             loc, raw = outputs.split(self.n_targets, -1)
             return loc, F.softplus(raw + self.offset) + SCALE_FLOOR
-        scale = F.softplus(_GAIN * self.raw_scale + self.offset) + SCALE_FLOOR
+        scale = F.softplus(self.raw_scale + self.offset) + SCALE_FLOOR
         return outputs, scale.expand_as(outputs)
 
     def nll(self, parameters: tuple[Tensor, ...], y: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from pyro.distributions import Normal, TorchDistribution
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class NormalPrior:
@@ -37,10 +38,10 @@ class NormalPrior:
         zero = torch.zeros_like(parameter)
         return Normal(zero, self.scale, validate_args=False).to_event(parameter.ndim)
 
-    def log_prob(self, module: nn.Module) -> Tensor:
-        """Log density of all weights of ``module``, in nats."""
-        weights = list(module.parameters())
-        n = sum(p.numel() for p in weights)
-        squares = torch.stack([p.square().sum() for p in weights]).sum()
+    def log_prob(self, weights: Iterable[Tensor]) -> Tensor:
+        """Log density of all ``weights`` together, in nats."""
+        tensors = list(weights)
+        n = sum(p.numel() for p in tensors)
+        squares = torch.stack([p.square().sum() for p in tensors]).sum()
         constant = n * (math.log(self.scale) + 0.5 * math.log(2 * math.pi))
         return -0.5 * self.precision * squares - constant
