@@ -123,3 +123,33 @@ def test_nothing_is_pickled(saved):
     data = Path(saved).read_bytes()
     assert b"pickle" not in data
     assert b"sklearn" not in data
+
+
+@pytest.mark.parametrize("key", ["predict", "_infer", "__doc__", "fit", "save"])
+def test_file_cannot_replace_a_method(saved, key):
+    rewrite(saved, lambda h: h["model"]["fitted"].update({key: "boo"}))
+    with pytest.raises(ModelFileError, match="not a fitted attribute"):
+        uq.load(saved)
+
+
+@pytest.mark.parametrize("key", ["posterior_", "x_mean_", "classes_", "input_shape_"])
+def test_incomplete_file(saved, key):
+    rewrite(saved, lambda h: h["model"]["fitted"].pop(key))
+    with pytest.raises(ModelFileError, match=r"lacks|usable"):
+        uq.load(saved)
+
+
+def test_invented_sizes_take_no_memory(saved):
+    huge = {"tuple": [10**6, 10**6]}
+    rewrite(saved, lambda h: h["model"]["params"].update(hidden=huge))
+    with pytest.raises(ModelFileError, match="usable"):  # a terabyte, if it were allocated
+        uq.load(saved)
+
+
+def test_deep_header(saved):
+    from safetensors.torch import save_file as write
+
+    deep = '{"format": "uq-model", "version": 1, "model": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    write({"w": torch.ones(1)}, saved, {"uq": deep})
+    with pytest.raises(ModelFileError):
+        uq.load(saved)
