@@ -211,8 +211,15 @@ def _compare(args: argparse.Namespace) -> None:
     out = _folder(args.out or Path("reports") / data.name)
     ood = _ood(args.ood, data)
     from uq import calibration
-    from uq.data import split_rows
+    from uq.data import DATASETS, split_rows
 
+    guessed = args.task is None and args.data not in DATASETS
+    if guessed and data.task == "classification" and data.y.dtype.kind in "iuf":
+        _progress(
+            args,
+            f"{data.y.nunique()} whole numbers in the target are taken as classes; "
+            "--task regression predicts them as numbers",
+        )
     X_train, X_test, y_train, y_test = split_rows(
         data.X, data.y, data.task, test_size=args.test_size, seed=args.seed
     )
@@ -277,6 +284,8 @@ def _predict(args: argparse.Namespace) -> None:
     frame = _label_frame(dist) if labels else _number_frame(dist, args.coverage)
     # Row labels are worth a column; a plain count of the rows is not.
     named = dist.index is not None and not _is_row_number(dist.index)
+    if named and frame.index.name is None:
+        frame.index.name = "row"
     if args.out is None:
         frame.to_csv(sys.stdout, index=named, float_format="%.9g", lineterminator="\n")
     elif args.out.suffix.lower() == ".csv":
@@ -382,6 +391,8 @@ def _setting(text: str) -> tuple[str, Any]:
 def _load(path: str) -> Any:
     from uq.io import load
 
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt", ".parquet", ".pq"):
+        raise DataError(f"{path} looks like data, not a model; the model comes first: MODEL DATA.")
     model = load(path)
     if not hasattr(model, "predict_distribution"):
         raise DataError(f"{path}: holds a {type(model).__name__}, which is not a model.")

@@ -315,6 +315,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise DataError(f"{path}: the file is empty.") from None
     except UnicodeDecodeError as error:
+        if path.read_bytes()[:4] == b"PAR1":
+            raise DataError(f"{path}: this is a Parquet file; name it .parquet.") from None
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except OSError as error:
         # pyarrow's errors about damaged files carry no strerror.

@@ -208,7 +208,9 @@ def test_verdicts_know_the_noise(right, finding):
 
 def test_verdicts_of_regressors(regressed):
     good, narrow, wide = (m.verdict for m in regressed.methods.values())
-    assert re.fullmatch(r"90 % intervals hold \d\d\.\d % of .* targets: about right\.", good[0])
+    assert re.fullmatch(
+        r"90 % intervals hold \d\d\.\d % of .* targets: about right, .*levels\.", good[0]
+    )
     assert narrow[0].endswith("too narrow.")
     assert wide[0].endswith("too wide.")
     low = report(regressor(shift=-0.5), Y_REAL).methods["model"].verdict
@@ -220,7 +222,8 @@ def test_verdicts_of_regressors(regressed):
 def test_a_handful_of_rows_proves_nothing():
     r = report(regressor(n=3, n_draws=1), CENTRE[:3] + 1e-3)
     assert r.methods["model"].verdict == [
-        "90 % intervals hold 100.0 % of the held-out targets: about right."
+        "90 % intervals hold 100.0 % of the held-out targets: nothing against it, but "
+        "3 rows are few."
     ]
 
 
@@ -425,3 +428,24 @@ def test_a_folder_that_cannot_be_made_is_named(classified, tmp_path):
 def test_bad_input_is_named(call, message):
     with pytest.raises((DataError, ParameterError), match=message):
         call()
+
+
+def test_verdict_looks_at_every_coverage():
+    """Right at 90 %, but 50 % intervals that hold a quarter: not "about right"."""
+    pit = np.concatenate([np.linspace(0.06, 0.24, 130), np.linspace(0.76, 0.94, 130)])
+    pit = np.concatenate([pit, np.linspace(0.3, 0.7, 100), np.full(20, 0.01), np.full(20, 0.99)])
+    y = torch.special.ndtri(torch.tensor(pit))
+    d = NormalMixture(torch.zeros(1, 400).double(), torch.tensor(1.0).double())
+    (sentence, *_) = report(d, y.numpy()).methods["model"].verdict
+    assert sentence == "50 % intervals hold 25.0 % of the held-out targets: too narrow."
+
+
+def test_shares_of_all_rows_have_an_exact_interval():
+    """No resample of 50 right answers has a wrong one; the binomial end is 0.05 ** (1/50)."""
+    d = CategoricalMixture(torch.tensor([[[0.99, 0.01]]]).log().expand(1, 50, 2))
+    r = report(d, [0] * 50).methods["model"].estimates["accuracy"]
+    assert (r.value, r.high) == (1.0, 1.0)
+    assert r.low == pytest.approx(0.05 ** (1 / 50))
+    r = report(d, [1] * 50).methods["model"].estimates["accuracy"]
+    assert (r.value, r.low) == (0.0, 0.0)
+    assert r.high == pytest.approx(1 - 0.05 ** (1 / 50))

@@ -43,6 +43,7 @@ class Sampled:
 
     values: Floats
     replicates: Floats
+    n_rows: int
 
 
 def sample_metrics(methods: Sequence[Rows], metrics: Sequence[Metric]) -> Sampled:
@@ -63,7 +64,7 @@ def sample_metrics(methods: Sequence[Rows], metrics: Sequence[Metric]) -> Sample
         if metric.folded:
             shift = np.median(replicates[..., j], axis=0) - values[:, j]
             replicates[..., j] = (replicates[..., j] - shift).clip(min=0.0)
-    return Sampled(values, replicates)
+    return Sampled(values, replicates, n)
 
 
 def sample_ood(scores_in: Sequence[Floats], scores_out: Sequence[Floats]) -> Sampled:
@@ -75,7 +76,7 @@ def sample_ood(scores_in: Sequence[Floats], scores_out: Sequence[Floats]) -> Sam
 
     sizes = len(scores_in[0]), len(scores_out[0])
     values = evaluate(np.ones((1, sizes[0])), np.ones((1, sizes[1])))[0]
-    return Sampled(values, np.concatenate([evaluate(*w) for w in _resamples(*sizes)]))
+    return Sampled(values, np.concatenate([evaluate(*w) for w in _resamples(*sizes)]), sizes[0])
 
 
 def estimates(sampled: Sampled, definitions: Sequence[Definition]) -> list[dict[str, Estimate]]:
@@ -83,6 +84,12 @@ def estimates(sampled: Sampled, definitions: Sequence[Definition]) -> list[dict[
     tails = [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2]
     # Quantiles that are replicates themselves stay defined where some replicates are infinite.
     low, high = np.quantile(sampled.replicates, tails, axis=0, method="inverted_cdf")
+    for j, definition in enumerate(definitions):
+        if isinstance(definition, Metric) and definition.share:
+            # All rows or none: the exact binomial end, since no resample differs.
+            end = tails[0] ** (1 / sampled.n_rows)
+            low[sampled.values[:, j] >= 1, j] = end
+            high[sampled.values[:, j] <= 0, j] = 1 - end
     standing = [
         _standings(definition.better, sampled.values[:, j], sampled.replicates[..., j])
         for j, definition in enumerate(definitions)

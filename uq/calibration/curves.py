@@ -61,13 +61,13 @@ def pit_curve(rows: RegressionRows) -> Curve:
 
 
 def binomial_band(
-    count: NDArray[np.int64], share: NDArray[np.float64]
+    count: NDArray[np.int64], share: NDArray[np.float64], risk: float = 1 - BAND
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Shares between which a binomial share falls with probability 90 %, atoms included."""
+    """Shares between which a binomial share falls except with probability ``risk``."""
     from scipy.stats import binom
 
     n = np.maximum(count, 1)
-    low, high = (binom.ppf(q, n, share) / n for q in ((1 - BAND) / 2, (1 + BAND) / 2))
+    low, high = (binom.ppf(q, n, share) / n for q in (risk / 2, 1 - risk / 2))
     return low, high
 
 

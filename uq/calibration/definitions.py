@@ -58,11 +58,14 @@ class Metric(Definition):
     folded : bool
         Whether the metric adds up absolute deviations, which resampling inflates; the bootstrap
         then moves its replicates back to the value.
+    share : bool
+        Whether the metric is a share of rows, which resampling cannot vary where it is 0 or 1.
     """
 
     columns: Callable[[Any], Floats]
     finish: Callable[[Floats], Floats] = _single
     folded: bool = False
+    share: bool = False
 
     def value(self, rows: Rows, weight: Floats) -> float:
         """Value under row weights of shape (n,)."""
@@ -156,6 +159,7 @@ def coverage_metric(coverage: float) -> Metric:
         f"share of targets inside the equal-tailed interval; {coverage:g} is right",
         "",
         columns,
+        share=True,
     )
 
 
@@ -191,6 +195,7 @@ ACCURACY = Metric(
     "share of rows whose most probable class is the label",
     "higher",
     _mean_of("correct"),
+    share=True,
 )
 CRPS = Metric(
     "crps",

@@ -10,10 +10,12 @@ from statistics import NormalDist
 import numpy as np
 
 from uq.calibration.bootstrap import INTERVAL, Estimate
-from uq.calibration.curves import binomial_band
+from uq.calibration.curves import BAND, binomial_band
+from uq.calibration.definitions import COVERAGES, coverage_metric
 from uq.calibration.rows import ClassificationRows, RegressionRows, Rows
 
 _STANDARD_ERRORS = NormalDist().inv_cdf((1 + INTERVAL) / 2)
+_FEW = 30
 _SLIGHT = 0.02  # a difference in probability that is real but hardly matters
 
 
@@ -22,7 +24,8 @@ def verdict(rows: Rows, estimates: dict[str, Estimate]) -> list[str]:
     if isinstance(rows, ClassificationRows):
         sentences = [_confidence(rows)]
     else:
-        sentences = [_coverage(rows, estimates["coverage_90"].value), *_bias(rows)]
+        held = {level: estimates[coverage_metric(level).name].value for level in COVERAGES}
+        sentences = [_coverage(rows, held), *_bias(rows)]
     if "auroc" in estimates:
         sentences.append(_ood(estimates["auroc"]))
     return sentences
@@ -50,14 +53,28 @@ def _confidence(rows: ClassificationRows) -> str:
     return f"{_graded(finding, gap)}: {numbers}."
 
 
-def _coverage(rows: RegressionRows, coverage: float) -> str:
+def _coverage(rows: RegressionRows, held: dict[float, float]) -> str:
+    """Judge the 90 % intervals, or the level that is farthest off if those are right."""
     n = len(rows.pit)
-    (low,), (high,) = binomial_band(np.array([n]), np.array([0.9]))
-    if low <= coverage <= high:
-        finding = "about right"
-    else:
-        finding = _graded("too narrow" if coverage < 0.9 else "too wide", coverage - 0.9).lower()
-    return f"90 % intervals hold {100 * coverage:.1f} % of the held-out targets: {finding}."
+    off = []
+    for level, share in held.items():  # each is allowed a quarter of the risk of a false alarm
+        (low,), (high,) = binomial_band(
+            np.array([n]), np.array([level]), risk=(1 - BAND) / len(held)
+        )
+        if not low <= share <= high:
+            distance = abs(share - level) / np.sqrt(level * (1 - level))
+            off.append((np.inf if level == 0.9 else distance, level, share))
+    if not off:
+        if n < _FEW:
+            return f"{_holds(0.9, held[0.9])}: nothing against it, but {n} rows are few."
+        return f"{_holds(0.9, held[0.9])}: about right, and so are the other levels."
+    _, level, share = max(off)
+    finding = _graded("too narrow" if share < level else "too wide", share - level).lower()
+    return f"{_holds(level, share)}: {finding}."
+
+
+def _holds(level: float, share: float) -> str:
+    return f"{100 * level:.0f} % intervals hold {100 * share:.1f} % of the held-out targets"
 
 
 def _bias(rows: RegressionRows) -> list[str]:

@@ -152,6 +152,11 @@ class CategoricalMixture(Predictive):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability, in nats, of class positions ``value``."""
+        if not isinstance(value, Tensor):
+            raise DataError(
+                "CategoricalMixture.log_prob: value must be a tensor of class positions (in "
+                ".classes); for labels use the model's log_score or uq.calibration.report."
+            )
         if bool(((value < 0) | (value >= self.n_classes) | (value != value.floor())).any()):
             raise DataError(
                 f"CategoricalMixture.log_prob: value must hold class positions 0 to "

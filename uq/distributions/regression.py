@@ -245,6 +245,7 @@ class NormalMixture(Predictive):
 
     def _standardize(self, value: Tensor) -> Tensor:
         """(value − μ_s)/total scale, with the draws on the axis before the batch."""
+        value = torch.as_tensor(value)
         dims = self.loc.ndim - 1
         if value.ndim >= dims:
             value = value.unsqueeze(value.ndim - dims)

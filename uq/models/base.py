@@ -606,6 +606,11 @@ class Estimator(BaseEstimator, ABC):
     def _posterior_at(self, X: Any) -> tuple[Tensor, Any]:
         """Check ``X``; return it as the posterior takes it, and its index."""
         check_is_fitted(self)
+        if isinstance(X, Dataset | DataLoader):
+            raise DataError(
+                f"{type(self).__name__}: predictions take the inputs alone, as an array or tensor, "
+                f"not a {type(X).__name__}."
+            )
         index = getattr(X, "index", None) if hasattr(X, "iloc") else None
         X = _as_numpy(X)
         X = validate_data(
@@ -732,7 +737,7 @@ class Classifier(ClassifierMixin, Estimator):
         if len(self.classes_) < 2:
             raise DataError(
                 f"{type(self).__name__}.fit needs at least 2 classes in y, got one class only: "
-                f"{self.classes_[0]!r}."
+                f"{self.classes_.tolist()[0]!r}."
             )
 
     def _encode_targets(self, y: np.ndarray) -> np.ndarray:
@@ -815,7 +820,7 @@ class Regressor(RegressorMixin, Estimator):
         return values[..., 0] if self.y_is_1d_ else values
 
     def _log_prob(self, dist: NormalMixture, y: Any) -> Tensor:
-        y = torch.as_tensor(self._as_real(y))
+        y = torch.tensor(self._as_real(y))
         if y.shape != dist.batch_shape:
             raise DataError(
                 f"{type(self).__name__}: y has shape {tuple(y.shape)}, but the predictions have "

@@ -366,6 +366,10 @@ class TableModel(MetaEstimatorMixin, BaseEstimator):
         """Return accuracy, or R² for a regressor."""
         return self._call("score", X, self._target(y))
 
+    def sample_functions(self, X: Any, n: int = 10) -> np.ndarray:
+        """Draw functions from the posterior at the rows of ``X``; see the estimator's own."""
+        return self._call("sample_functions", X, n)
+
     def log_score(self, X: Any, y: ArrayLike) -> float:
         """Return the mean log predictive density of ``y``, in nats."""
         return self._call("log_score", X, self._target(y))
