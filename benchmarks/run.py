@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-SUITES = ("core",)
+SUITES = ("core", "contract")
 RESULTS = Path(__file__).parent / "results"
 
 

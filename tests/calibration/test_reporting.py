@@ -209,7 +209,7 @@ def test_verdicts_know_the_noise(right, finding):
 def test_verdicts_of_regressors(regressed):
     good, narrow, wide = (m.verdict for m in regressed.methods.values())
     assert re.fullmatch(
-        r"90 % intervals hold \d\d\.\d % of .* targets: about right, .*levels\.", good[0]
+        r"90 % intervals hold \d\d\.\d % of .* targets: within chance of right, .*levels\.", good[0]
     )
     assert narrow[0].endswith("too narrow.")
     assert wide[0].endswith("too wide.")
@@ -431,7 +431,7 @@ def test_bad_input_is_named(call, message):
 
 
 def test_verdict_looks_at_every_coverage():
-    """Right at 90 %, but 50 % intervals that hold a quarter: not "about right"."""
+    """Right at 90 %, but 50 % intervals that hold a quarter: not "right"."""
     pit = np.concatenate([np.linspace(0.06, 0.24, 130), np.linspace(0.76, 0.94, 130)])
     pit = np.concatenate([pit, np.linspace(0.3, 0.7, 100), np.full(20, 0.01), np.full(20, 0.99)])
     y = torch.special.ndtri(torch.tensor(pit))

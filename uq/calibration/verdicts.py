@@ -67,7 +67,7 @@ def _coverage(rows: RegressionRows, held: dict[float, float]) -> str:
     if not off:
         if n < _FEW:
             return f"{_holds(0.9, held[0.9])}: nothing against it, but {n} rows are few."
-        return f"{_holds(0.9, held[0.9])}: about right, and so are the other levels."
+        return f"{_holds(0.9, held[0.9])}: within chance of right, like the other levels."
     _, level, share = max(off)
     finding = _graded("too narrow" if share < level else "too wide", share - level).lower()
     return f"{_holds(level, share)}: {finding}."
