@@ -175,7 +175,7 @@ def test_quantile_interval_and_median_shapes():
     d = NormalMixture(torch.randn(3, 5, 2, dtype=F64), torch.tensor(1.0, dtype=F64))
     assert d.quantile(0.3).shape == d.median.shape == (5, 2)
     assert d.quantile([0.1, 0.2, 0.3]).shape == (3, 5, 2)
-    torch.testing.assert_close(d.icdf(torch.tensor([0.1, 0.9])), d.quantile([0.1, 0.9]))
+    torch.testing.assert_close(d.icdf(torch.tensor([0.1, 0.9], dtype=F64)), d.quantile([0.1, 0.9]))
     lower, upper = d.interval(0.8)
     torch.testing.assert_close(torch.stack([lower, upper]), d.quantile([0.1, 0.9]))
     empty = d[:0]

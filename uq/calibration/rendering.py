@@ -122,9 +122,9 @@ def _format(numbers: list[dict[str, float]]) -> str:
     """Format with two digits for the narrowest interval, at most four decimals."""
     size = max((abs(n["value"]) for n in numbers if math.isfinite(n["value"])), default=0.0)
     if size and not 1e-3 <= size < 1e6:
-        return ".3g"
+        return ".2g" if size < 1 else ".3g"
     halves = [(n["high"] - n["low"]) / 2 for n in numbers]
-    halves = [h for h in halves if math.isfinite(h) and h > 0]
+    halves = [h for h in halves if math.isfinite(h) and h > 1e-6 * size]  # more than rounding
     decimals = 1 - math.floor(math.log10(min(halves))) if halves else 3
     return f".{min(max(decimals, 0), 4)}f"
 
