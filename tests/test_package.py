@@ -14,9 +14,11 @@ ROOT = Path(uq.__file__).parent
 LAYERS = {
     "errors": set(),
     "distributions": {"errors"},
-    "calibration": {"distributions", "errors"},
+    "files": {"errors"},
+    "calibration": {"distributions", "errors", "files"},
     "nn": {"distributions", "errors"},
     "inference": {"nn", "distributions", "errors"},
+    "io": {"models", "inference", "errors", "files"},
     "models": {"inference", "nn", "distributions", "errors", "data", "io"},
     "data": {"errors"},
 }

@@ -277,7 +277,7 @@ def _predict(args: argparse.Namespace) -> None:
             raise UsageError(f"--out must end in .csv or .parquet, got {args.out}")
         _check_file(args.out)
     from uq.distributions import CategoricalMixture
-    from uq.io import write_atomically
+    from uq.files import write_atomically
 
     dist = _load(args.model).predict_distribution(_features(args.data))
     labels = isinstance(dist, CategoricalMixture)
@@ -289,9 +289,9 @@ def _predict(args: argparse.Namespace) -> None:
     if args.out is None:
         frame.to_csv(sys.stdout, index=named, float_format="%.9g", lineterminator="\n")
     elif args.out.suffix.lower() == ".csv":
-        write_atomically(args.out, frame.to_csv(index=named, float_format="%.9g").encode())
+        write_atomically({args.out: frame.to_csv(index=named, float_format="%.9g").encode()})
     else:
-        write_atomically(args.out, frame.to_parquet(index=named))
+        write_atomically({args.out: frame.to_parquet(index=named)})
 
 
 def _report(args: argparse.Namespace) -> None:

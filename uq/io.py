@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from safetensors.torch import save as to_bytes
 from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 
-from uq.errors import ModelFileError, ParameterError, SaveError
+from uq.errors import ModelFileError, ParameterError
+from uq.files import write_atomically
 from uq.inference.training import isolated_rng
 from uq.models.registry import METHODS
 
@@ -57,7 +56,7 @@ def save(model: BaseEstimator, path: str | Path) -> None:
     root = writer.encode(model, type(model).__name__)
     header = {"format": FORMAT, "version": FORMAT_VERSION, "uq": __version__, "model": root}
     data = to_bytes(writer.tensors, {"uq": json.dumps(header)})
-    write_atomically(path, data)
+    write_atomically({path: data})
 
 
 def load(path: str | Path, *, module: Any = None) -> Any:
@@ -136,35 +135,6 @@ def load(path: str | Path, *, module: Any = None) -> Any:
     ) as error:
         raise ModelFileError(
             f"{str(path)!r} does not hold a usable model: {type(error).__name__}: {error}"
-        ) from error
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` whole or not at all.
-
-    Raises
-    ------
-    SaveError
-        With the reason; the temporary file is removed.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".uq-", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # Temporary files are private to the user; a new file gets the usual permissions.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise SaveError(
-            error.errno, f"cannot write {str(path)!r}: {error.strerror or error}"
         ) from error
 
 

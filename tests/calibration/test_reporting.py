@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -370,7 +371,7 @@ def test_a_full_disk_leaves_the_earlier_report(classified, regressed, tmp_path, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("uq.calibration.reporting.os.fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SaveError, match="No space left on device"):
         regressed.save(tmp_path)
     assert {p.name: p.read_bytes() for p in page.parent.iterdir()} == before
@@ -378,7 +379,7 @@ def test_a_full_disk_leaves_the_earlier_report(classified, regressed, tmp_path, 
 
 def test_a_folder_that_cannot_be_made_is_named(classified, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SaveError, match=r"cannot write to .*file"):
+    with pytest.raises(SaveError, match=r"cannot make the folder .*file"):
         classified.save(tmp_path / "file")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,6 +31,7 @@ from uq.calibration.rows import ClassificationRows, Names, Rows, make_rows
 from uq.calibration.verdicts import summary, verdict
 from uq.distributions import Predictive
 from uq.errors import DataError, ParameterError, SaveError
+from uq.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,8 +164,15 @@ class Report:
         """
         folder = Path(directory)
         data = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        _write_together(folder, {"report.json": data, "report.html": self.to_html()})
-        return folder / "report.html"
+        page = folder / "report.html"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SaveError(
+                error.errno, f"cannot make the folder {str(folder)!r}: {error.strerror}"
+            ) from error
+        write_atomically({folder / "report.json": data.encode(), page: self.to_html().encode()})
+        return page
 
     def __str__(self) -> str:
         return to_text(self.to_dict(), self.groups)
@@ -383,25 +390,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return None if np.isnan(value) else str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _write_together(folder: Path, files: dict[str, str]) -> None:
-    """Write all ``files`` or none: to temporary files first, which then take their places."""
-    written: list[str] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for text in files.values():
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=folder, suffix=".tmp", delete=False
-            ) as file:
-                written.append(file.name)
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())  # a full disk may only show here
-        for name, temporary in zip(files, written, strict=True):
-            os.chmod(temporary, 0o644)  # the temporary file is private to its owner
-            os.replace(temporary, folder / name)
-    except OSError as error:
-        for temporary in written:
-            Path(temporary).unlink(missing_ok=True)
-        raise SaveError(f"Report.save: cannot write to {folder}: {error}.") from error

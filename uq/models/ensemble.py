@@ -20,10 +20,10 @@ from uq.models.base import (
     Classifier,
     NetworkRegressor,
     TrainingData,
-    documented,
     estimator,
 )
 from uq.models.checks import check_number
+from uq.models.documentation import documented
 from uq.models.map import PointEstimator
 from uq.nn.network import Network
 

@@ -20,10 +20,10 @@ from uq.models.base import (
     NetworkObjective,
     NetworkRegressor,
     TrainingData,
-    documented,
     estimator,
 )
 from uq.models.checks import check_number
+from uq.models.documentation import documented
 from uq.nn.priors import NormalPrior
 
 
@@ -123,9 +123,11 @@ class IVONClassifier(_IVON, Classifier):
 
     Notes
     -----
-    The posterior is mean-field: correlations between weights are left out, so its variances are
-    never above the exact ones. Modules with batch normalisation or dropout add noise of their own
-    and are better replaced (GroupNorm, LayerNorm).
+    The posterior is mean-field: it leaves out correlations between weights, so uncertainty hardly
+    grows in a gap between clusters of data, and on few rows with little noise, predictions are too
+    cautious. Modules with batch normalisation or dropout add noise of their own and are better
+    replaced (GroupNorm, LayerNorm). With ``patience`` the held-out score is that of the mean
+    weights.
 
     References
     ----------
@@ -162,7 +164,10 @@ class IVONRegressor(_IVON, NetworkRegressor):
 
     Notes
     -----
-    The predictive is the mixture of the draws' Normals, not one moment-matched Normal.
+    The predictive is the mixture of the draws' Normals, not one moment-matched Normal. The
+    posterior is mean-field: it leaves out correlations between weights, so uncertainty hardly grows
+    in a gap between clusters of data, and on few rows with little noise, intervals are too wide.
+    With ``patience`` the held-out score is that of the mean weights.
 
     References
     ----------

@@ -19,10 +19,10 @@ from uq.models.base import (
     NetworkObjective,
     NetworkRegressor,
     TrainingData,
-    documented,
     estimator,
 )
 from uq.models.checks import check_number
+from uq.models.documentation import documented
 from uq.nn.network import Network
 from uq.nn.priors import NormalPrior
 

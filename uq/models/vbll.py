@@ -6,6 +6,7 @@ by −ELBO/N; AdamW's weight decay regularises the body, the head's own prior is
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,11 @@ from uq.models.base import (
     Objective,
     Regressor,
     TrainingData,
-    documented,
     estimator,
     weighted_mean,
 )
 from uq.models.checks import check_choice, check_number
+from uq.models.documentation import documented
 from uq.nn.network import probe_outputs
 from uq.nn.vbll import COVARIANCES, BayesianLastLayer, CategoricalLastLayer, NormalLastLayer
 
@@ -73,8 +74,9 @@ class _VBLL(Estimator):
         check_number(self, "rank", at_least=1, integer=True)
         check_number(self, "weight_decay", at_least=0)
 
+    @abstractmethod
     def _head(self, n_features: int) -> BayesianLastLayer:
-        raise NotImplementedError
+        """Head on ``n_features`` features, for the targets that were fitted."""
 
     def _build_posterior(self, seed: int = 0) -> LastLayerPosterior:
         body = self._body(None)

@@ -1,0 +1,54 @@
+"""Writing files so that an error leaves whatever was there before."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from uq.errors import SaveError
+
+
+def write_atomically(files: Mapping[str | Path, bytes]) -> None:
+    """Write all ``files`` whole, or none: temporary files first, which then take their places.
+
+    Parameters
+    ----------
+    files : dict of path to bytes
+        What to write where; the folders must exist.
+
+    Raises
+    ------
+    SaveError
+        With the reason; the temporary files are removed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from uq.files import write_atomically
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically({folder + "/a.txt": b"1", folder + "/b.txt": b"2"})
+    """
+    # Temporary files are private to the user; a new file gets the usual permissions.
+    mask = os.umask(0)
+    os.umask(mask)
+    written: list[tuple[str, Path]] = []
+    path = Path()
+    try:
+        for path, data in ((Path(p), d) for p, d in files.items()):
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".uq-", delete=False) as file:
+                written.append((file.name, path))
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # a full disk may only show here
+        for temporary, path in written:
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise SaveError(
+            error.errno, f"cannot write {str(path)!r}: {error.strerror or error}"
+        ) from error
+    finally:  # after an interrupt, too
+        for temporary, _ in written:
+            Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,77 @@
+"""What the docstrings of all estimators share: one text for a parameter that all of them have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_PARAMETERS = """\
+module : torch.nn.Module or callable, optional
+        Network to use in place of an MLP: a module, which is copied and never changed, or a
+        factory ``f(d_in, d_out)`` (``d_in`` is the shape of a row where rows are not vectors).
+        It maps a batch to {outputs}.
+        With a module, inputs are taken as they are; otherwise they are standardised.
+    hidden : tuple of int, default=(64, 64)
+        Widths of the MLP's hidden layers, where no ``module`` is given.
+    max_epochs : int, optional
+        Passes over the data. By default as many as give about 5,000 steps, within 20 to 1,000.
+    batch_size : int or None, default=64
+        Rows per step; None takes all rows at once.
+    lr : float, default={lr}
+        Learning rate at its peak; 5 % warm-up, then cosine to 0."""
+
+_NOISE = """\
+noise : {"homoscedastic", "heteroscedastic"}, default="homoscedastic"
+        One learned noise level per target, or one that the network predicts at each input."""
+
+_TAIL = """\
+patience : int, "auto" or None, default={patience}
+        Stop after this many epochs without a better negative log likelihood on a tenth of the rows,
+        held out for it, and keep the best weights; "auto" takes a tenth of the epochs, at least 20.
+        None trains on all rows to the end. A DataLoader holds nothing out.
+    device : str, default="auto"
+        "cpu", "cuda", "cuda:1"; "auto" takes CUDA where there is one.
+    precision : {{"32-true", "64-true", "bf16-mixed"}}, default="32-true"
+        Arithmetic of training, in Lightning's names.
+    random_state : int, RandomState or None, default=None
+        Seed of everything random; the same seed gives the same bits on the same device. None
+        draws one from NumPy's global generator, as scikit-learn does.
+    callbacks : sequence of callable, default=()
+        Called with a :class:`uq.inference.TrainingState` after each epoch; True stops.
+    verbose : int, default=0
+        1 shows a progress bar."""
+
+_ATTRIBUTES = """\
+posterior_ : uq.inference.Posterior
+        What was inferred; callable on a tensor of (standardised) inputs.
+    history_ : dict of list
+        "train_loss" and "held_out_loss" of each epoch, in nats per row (standardised targets).
+    stop_reason_ : str
+        "max_epochs", "patience", "callback", "interrupted" or "non_finite".
+    n_epochs_ : int
+        Epochs run.
+    n_features_in_ : int
+        Number of features, and ``feature_names_in_`` where X had string column names."""
+
+
+def documented(
+    *,
+    lr: str,
+    patience: str = "None",
+    outputs: str = "logits (n, n_classes), or means (n, m) (2m with heteroscedastic noise)",
+    own: str = "",
+) -> Callable[[type[T]], type[T]]:
+    """Fill the shared parts into a class docstring: ``{shared}``, ``{tail}``, ``{fitted}``."""
+
+    def fill(cls: type[T]) -> type[T]:
+        doc = cls.__doc__ or ""
+        doc = doc.replace("{shared}", _PARAMETERS.format(lr=lr, outputs=outputs))
+        doc = doc.replace("{own}", own)
+        doc = doc.replace("{noise}", _NOISE)
+        doc = doc.replace("{tail}", _TAIL.format(patience=patience))
+        cls.__doc__ = doc.replace("{fitted}", _ATTRIBUTES)
+        return cls
+
+    return fill
