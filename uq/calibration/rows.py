@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from uq.distributions import CategoricalMixture, NormalMixture, Predictive
+from uq.distributions import ClassPredictive, Predictive, RealPredictive
 from uq.errors import DataError, NoEpistemicError
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class ClassificationRows:
     """
 
     def __init__(self, y_true: ArrayLike | Tensor, prediction: Predictive, names: Names) -> None:
-        if not isinstance(prediction, CategoricalMixture):
-            raise _wrong_type(names, "CategoricalMixture (classification)", prediction)
+        if not isinstance(prediction, ClassPredictive):
+            raise _wrong_type(names, "predictive distribution over classes", prediction)
         if len(prediction.batch_shape) != 1:
             raise _wrong_shape(names, "(n,)", prediction)
         labels = _match(names, as_array(y_true), tuple(prediction.batch_shape))
@@ -57,7 +58,7 @@ class ClassificationRows:
     @cached_property
     def neg_log(self) -> NDArray[np.float64]:
         """Negative log probability of the label, nats, shape (n,)."""
-        y = self.prediction.logits.new_tensor(self.y)
+        y = torch.as_tensor(self.y, device=self.prediction.probs.device)
         return _warn_infinite(-as_array(self.prediction.log_prob(y)))
 
     @cached_property
@@ -95,16 +96,16 @@ class RegressionRows:
     """
 
     def __init__(self, y_true: ArrayLike | Tensor, prediction: Predictive, names: Names) -> None:
-        if not isinstance(prediction, NormalMixture):
-            raise _wrong_type(names, "NormalMixture (regression)", prediction)
+        if not isinstance(prediction, RealPredictive):
+            raise _wrong_type(names, "predictive distribution over real targets", prediction)
         shape = tuple(prediction.batch_shape) + tuple(prediction.event_shape)
         if not prediction.batch_shape or len(shape) > 2:
             raise _wrong_shape(names, "(n,) or (n, m)", prediction)
         y = _match(names, _numbers(f"{names.where}: {names.y}", y_true), shape)
         _check_finite(f"{names.where}: {names.y}", y)
         self.y = y.reshape(len(y), -1)  # (n, m)
-        self.prediction = _marginal64(prediction)
-        self._y = self.prediction.loc.new_tensor(y)
+        self.prediction = prediction.marginal().double()
+        self._y = torch.as_tensor(y, device=self.prediction.mean.device)
         _check_finite(f"{names.where}: {names.prediction}.mean", as_array(self.prediction.mean))
         _check_finite(f"{names.where}: {names.prediction}.variance", self.variance)
 
@@ -157,13 +158,13 @@ Rows = ClassificationRows | RegressionRows
 
 def make_rows(y_true: ArrayLike | Tensor, prediction: Predictive, names: Names) -> Rows:
     """Rows of the kind that ``prediction`` calls for."""
-    if isinstance(prediction, CategoricalMixture):
+    if isinstance(prediction, ClassPredictive):
         return ClassificationRows(y_true, prediction, names)
-    if isinstance(prediction, NormalMixture):
+    if isinstance(prediction, RealPredictive):
         return RegressionRows(y_true, prediction, names)
     raise DataError(
-        f"{names.where}: {names.prediction} must be a CategoricalMixture or a "
-        f"NormalMixture, got a {type(prediction).__name__}."
+        f"{names.where}: {names.prediction} must be a predictive distribution "
+        f"of uq, got a {type(prediction).__name__}."
     )
 
 
@@ -184,16 +185,6 @@ def check_weight(where: str, weight: ArrayLike | None, n: int) -> NDArray[np.flo
     if not np.isfinite(w).all() or (w < 0).any() or not w.any():
         raise DataError(f"{where}: sample_weight must be finite, >= 0 and not all zero.")
     return w
-
-
-def _marginal64(prediction: NormalMixture) -> NormalMixture:
-    tau = prediction.epistemic_scale
-    return NormalMixture(
-        prediction.loc.detach().double(),
-        prediction.scale.detach().double(),
-        None if tau is None else tau.detach().double(),
-        validate_args=False,
-    )
 
 
 def _epistemic(prediction: Predictive, like: NDArray[np.float64]) -> NDArray[np.float64]:

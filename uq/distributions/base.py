@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.distributions import constraints
 
-from uq.errors import DataError, NoEpistemicError
+from uq.errors import DataError, NoEpistemicError, ParameterError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +33,8 @@ class Predictive(TorchDistribution):
     """
 
     index: pd.Index | None = None
+    # Constructors check their arguments themselves, with messages that say what to do.
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     @property
     @abstractmethod
@@ -61,12 +66,20 @@ class Predictive(TorchDistribution):
         """Summarise each row in a DataFrame."""
 
     @abstractmethod
-    def cpu(self) -> Self:
-        """Return the same distribution with its tensors on the CPU."""
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Self:
+        """Same distribution with ``f`` applied to each tensor that has a value a row."""
 
     @abstractmethod
     def _rows(self, key: Any) -> Self:
         """Distribution of the rows that ``key`` selects along the first batch dimension."""
+
+    def cpu(self) -> Self:
+        """Return the same distribution with its tensors on the CPU."""
+        return self._map(lambda t: t.cpu())
+
+    def double(self) -> Self:
+        """Return the same distribution in float64, without gradients."""
+        return self._map(lambda t: t.detach().double())
 
     def __len__(self) -> int:
         if not self.batch_shape:
@@ -103,3 +116,200 @@ class Predictive(TorchDistribution):
             f"This {type(self).__name__} comes from a single parameter value, so it has no "
             "epistemic uncertainty; use a method with a posterior (IVON, VBLL) or an ensemble."
         )
+
+
+class ClassPredictive(Predictive):
+    """Base class of predictive distributions over class labels, by position in ``classes``.
+
+    A subclass gives ``probs``, ``log_prob``, ``aleatoric``, ``epistemic``, ``draws``.
+
+    Attributes
+    ----------
+    classes : ndarray of shape (n_classes,)
+        Labels, in the order of the columns of ``probs``.
+    """
+
+    classes: np.ndarray
+    has_rsample = False
+    has_enumerate_support = True
+
+    @property
+    @abstractmethod
+    def probs(self) -> Tensor:
+        """Class probabilities, float64, shape (n, n_classes)."""
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Class positions 0 … n_classes − 1."""
+        return constraints.integer_interval(0, self.n_classes - 1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability of the most probable class."""
+        return self.probs.amax(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        """Position of the most probable class."""
+        return self.probs.argmax(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Not defined: labels have no mean. Use ``probs``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no mean: labels are not numbers; see .probs."
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """Not defined: labels have no variance. Use ``entropy()``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no variance: labels are not numbers; see .entropy()."
+        )
+
+    def entropy(self) -> Tensor:
+        """Entropy of the averaged probabilities, in nats: aleatoric + epistemic."""
+        p = self.probs
+        return -torch.xlogy(p, p).sum(-1)
+
+    def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw class positions."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        n = math.prod(torch.Size(sample_shape))
+        flat = self.probs.reshape(-1, self.n_classes)
+        if n == 0 or flat.shape[0] == 0:
+            return torch.empty(shape, dtype=torch.long, device=flat.device)
+        drawn = torch.multinomial(flat, n, replacement=True, generator=generator)  # (rows, n)
+        return drawn.T.reshape(shape)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """All class positions, on a new first axis."""
+        values = torch.arange(self.n_classes, device=self.probs.device)
+        values = values.reshape(-1, *(1,) * len(self.batch_shape))
+        return values.expand(-1, *self.batch_shape) if expand else values
+
+    def to_frame(self) -> pd.DataFrame:
+        """Class probabilities, one column a label."""
+        import pandas as pd
+
+        probs = self.probs.reshape(-1, self.n_classes).detach().cpu().numpy()
+        return pd.DataFrame(probs, columns=list(self.classes), index=self.index)
+
+    def _check_positions(self, value: Tensor) -> None:
+        where = f"{type(self).__name__}.log_prob"
+        if not isinstance(value, Tensor):
+            raise DataError(
+                f"{where}: value must be a tensor of class positions (in .classes); for labels "
+                "use the model's log_score or uq.calibration.report."
+            )
+        if bool(((value < 0) | (value >= self.n_classes) | (value != value.floor())).any()):
+            raise DataError(
+                f"{where}: value must hold class positions 0 to {self.n_classes - 1}, not labels "
+                "or probabilities."
+            )
+
+
+class RealPredictive(Predictive):
+    """Base class of predictive distributions over real targets.
+
+    A subclass gives ``mean``, ``aleatoric``, ``epistemic``, ``log_prob``, ``cdf``, ``quantile``,
+    ``crps``, ``sample``, ``mode``, ``draws``, ``joint`` and ``output``.
+    """
+
+    @abstractmethod
+    def cdf(self, value: Tensor) -> Tensor:
+        """Cumulative distribution of each output."""
+
+    @abstractmethod
+    def quantile(self, q: Tensor | float | Any) -> Tensor:
+        """Quantiles: shape (n[, m]) for a scalar level, (Q, n[, m]) for Q levels in (0, 1)."""
+
+    @abstractmethod
+    def crps(self, value: Tensor) -> Tensor:
+        """Continuous ranked probability score of each output at ``value``, in target units."""
+
+    @abstractmethod
+    def joint(self) -> Self:
+        """Make the outputs of a row one event; a one-output distribution returns itself."""
+
+    @abstractmethod
+    def marginal(self) -> Self:
+        """Undo :meth:`joint`: one distribution an output, batch shape (n, m)."""
+
+    @abstractmethod
+    def output(self, j: int) -> Self:
+        """Marginal distribution of output ``j`` of batch shape (n, m), batch shape (n,)."""
+
+    @property
+    def _has_epistemic(self) -> bool:
+        return self.n_draws > 1
+
+    @property
+    def stddev(self) -> Tensor:
+        """Predictive standard deviation, in target units."""
+        return self.variance.sqrt()
+
+    @property
+    def median(self) -> Tensor:
+        """Predictive median, in target units."""
+        return self.quantile(0.5)
+
+    def icdf(self, value: Tensor | float) -> Tensor:
+        """Quantiles; the same as :meth:`quantile`."""
+        return self.quantile(value)
+
+    def interval(self, coverage: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Equal-tailed interval that holds ``coverage`` of the predictive mass."""
+        if not 0 < coverage < 1:
+            raise ParameterError(f"interval: coverage must lie in (0, 1), got {coverage!r}.")
+        tail = (1 - coverage) / 2
+        lower, upper = self.quantile([tail, 1 - tail])
+        return lower, upper
+
+    def to_frame(self) -> pd.DataFrame:
+        """Summarise rows: mean, std, q05, q50, q95, aleatoric and epistemic (NaN if it has none).
+
+        Several outputs give a column MultiIndex (output, statistic).
+        """
+        import pandas as pd
+
+        each = self.marginal()
+        q05, q50, q95 = each.quantile([0.05, 0.5, 0.95])
+        known = each._has_epistemic
+        columns = {
+            "mean": each.mean,
+            "std": each.stddev,
+            "q05": q05,
+            "q50": q50,
+            "q95": q95,
+            "aleatoric": each.aleatoric,
+            "epistemic": each.epistemic if known else torch.full_like(each.mean, math.nan),
+        }
+        arrays = {name: t.detach().cpu().numpy() for name, t in columns.items()}
+        if len(each.batch_shape) < 2:
+            return pd.DataFrame({k: np.atleast_1d(v) for k, v in arrays.items()}, index=self.index)
+        outputs = range(each.batch_shape[1])
+        return pd.DataFrame(
+            {(f"y{j}", name): a[:, j] for j in outputs for name, a in arrays.items()},
+            index=self.index,
+        )
+
+    def _need_marginal(self, what: str) -> None:
+        if self.event_shape:
+            raise NotImplementedError(
+                f"{type(self).__name__}.{what} is per output; call it on the distribution before "
+                "joint()."
+            )
+
+
+def check_levels(q: Any) -> Tensor:
+    """Quantile levels as float64, strictly between 0 and 1."""
+    levels = torch.as_tensor(q, dtype=torch.float64)
+    if not bool(((levels > 0) & (levels < 1)).all()):
+        raise ParameterError("quantile: levels must lie strictly between 0 and 1.")
+    return levels

@@ -10,23 +10,22 @@ which add up to H(p̄). The KL form is non-negative without clamping.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
-from uq.distributions.base import Predictive
+from uq.distributions.base import ClassPredictive
 from uq.errors import DataError
 
 if TYPE_CHECKING:
-    import pandas as pd
     from numpy.typing import ArrayLike
 
 
-class CategoricalMixture(Predictive):
+class CategoricalMixture(ClassPredictive):
     """Equal-weight mixture of categorical distributions over posterior draws.
 
     Parameters
@@ -51,10 +50,6 @@ class CategoricalMixture(Predictive):
     >>> torch.allclose(d.aleatoric + d.epistemic, d.entropy())
     True
     """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}  # checked in __init__, with our own messages
-    has_rsample = False
-    has_enumerate_support = True
 
     def __init__(
         self,
@@ -82,19 +77,9 @@ class CategoricalMixture(Predictive):
     # -- shape -------------------------------------------------------------------------------
 
     @property
-    def support(self) -> constraints.Constraint:
-        """Class positions 0 … n_classes − 1."""
-        return constraints.integer_interval(0, self.n_classes - 1)
-
-    @property
     def n_draws(self) -> int:
         """Number of posterior draws that are mixed."""
         return self.logits.shape[0]
-
-    @property
-    def n_classes(self) -> int:
-        """Number of classes."""
-        return self.logits.shape[-1]
 
     @property
     def draws(self) -> TorchDistribution:
@@ -104,9 +89,8 @@ class CategoricalMixture(Predictive):
     def _with(self, logits: Tensor) -> Self:
         return type(self)(logits, classes=self.classes, validate_args=False)
 
-    def cpu(self) -> Self:
-        """Return the same distribution with its tensors on the CPU."""
-        return self._with(self.logits.cpu())
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Self:
+        return self._with(f(self.logits))
 
     def _rows(self, key: Any) -> Self:
         return self._with(self.logits[:, key])
@@ -126,42 +110,9 @@ class CategoricalMixture(Predictive):
         mean = self.logits.exp().mean(0, dtype=torch.float64)
         return mean / mean.sum(-1, keepdim=True)
 
-    @property
-    def confidence(self) -> Tensor:
-        """Probability of the most probable class."""
-        return self.probs.amax(-1)
-
-    @property
-    def mode(self) -> Tensor:
-        """Position of the most probable class."""
-        return self.probs.argmax(-1)
-
-    @property
-    def mean(self) -> Tensor:
-        """Not defined: labels have no mean. Use ``probs``."""
-        raise NotImplementedError(
-            "CategoricalMixture has no mean: labels are not numbers; see .probs."
-        )
-
-    @property
-    def variance(self) -> Tensor:
-        """Not defined: labels have no variance. Use ``entropy()``."""
-        raise NotImplementedError(
-            "CategoricalMixture has no variance: labels are not numbers; see .entropy()."
-        )
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability, in nats, of class positions ``value``."""
-        if not isinstance(value, Tensor):
-            raise DataError(
-                "CategoricalMixture.log_prob: value must be a tensor of class positions (in "
-                ".classes); for labels use the model's log_score or uq.calibration.report."
-            )
-        if bool(((value < 0) | (value >= self.n_classes) | (value != value.floor())).any()):
-            raise DataError(
-                f"CategoricalMixture.log_prob: value must hold class positions 0 to "
-                f"{self.n_classes - 1}, not labels or probabilities."
-            )
+        self._check_positions(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         # The draws go behind the batch, so that leading axes of value broadcast in front.
         per_draw = self.logits.movedim(0, -1).expand(*shape, self.n_classes, self.n_draws)
@@ -200,35 +151,3 @@ class CategoricalMixture(Predictive):
             kl = torch.where(p > 0, p * (log_p.double() - log_mean), 0.0) - p + mean
             total += kl.clamp_min(0.0).sum(-1)  # below 0 by float64 rounding only
         return total / self.n_draws
-
-    def entropy(self) -> Tensor:
-        """Entropy of the averaged probabilities, in nats: aleatoric + epistemic."""
-        p = self.probs
-        return -torch.xlogy(p, p).sum(-1)
-
-    # -- sampling ----------------------------------------------------------------------------
-
-    def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw class positions."""
-        shape = torch.Size(sample_shape) + self.batch_shape
-        n = math.prod(torch.Size(sample_shape))
-        flat = self.probs.reshape(-1, self.n_classes)
-        if n == 0 or flat.shape[0] == 0:
-            return torch.empty(shape, dtype=torch.long, device=flat.device)
-        drawn = torch.multinomial(flat, n, replacement=True, generator=generator)  # (rows, n)
-        return drawn.T.reshape(shape)
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All class positions, on a new first axis."""
-        values = torch.arange(self.n_classes, device=self.logits.device)
-        values = values.reshape(-1, *(1,) * len(self.batch_shape))
-        return values.expand(-1, *self.batch_shape) if expand else values
-
-    # -- presentation --------------------------------------------------------------------------
-
-    def to_frame(self) -> pd.DataFrame:
-        """Class probabilities, one column a label."""
-        import pandas as pd
-
-        probs = self.probs.reshape(-1, self.n_classes).detach().cpu().numpy()
-        return pd.DataFrame(probs, columns=list(self.classes), index=self.index)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,11 +21,8 @@ from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from uq.distributions.base import CHUNK_ELEMENTS, Predictive
+from uq.distributions.base import CHUNK_ELEMENTS, RealPredictive, check_levels
 from uq.errors import DataError, ParameterError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 _HERMITE_NODES = 32
@@ -60,7 +57,7 @@ def _spread(loc: Tensor) -> Tensor:
     return (loc - loc.mean(0)).square().mean(0)
 
 
-class NormalMixture(Predictive):
+class NormalMixture(RealPredictive):
     """Equal-weight mixture of Normals over posterior draws.
 
     Parameters
@@ -90,8 +87,6 @@ class NormalMixture(Predictive):
     >>> round(float(upper[1]), 3)
     2.645
     """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}  # checked in __init__, with our own messages
 
     def __init__(
         self,
@@ -153,10 +148,6 @@ class NormalMixture(Predictive):
             validate_args=False,
         )
 
-    def cpu(self) -> Self:
-        """Return the same distribution with its tensors on the CPU."""
-        return self._map(lambda t: t.cpu())
-
     def _rows(self, key: Any) -> Self:
         return self._map(lambda t: t[:, key])
 
@@ -177,9 +168,16 @@ class NormalMixture(Predictive):
         """
         if self._event_dim or len(self.batch_shape) < 2:
             return self
-        joint = self._map(lambda t: t, event_dim=1)
-        joint.index = self.index
-        return joint
+        return self._regrouped(1)
+
+    def marginal(self) -> Self:
+        """Undo :meth:`joint`: one distribution an output, batch shape (n, m)."""
+        return self._regrouped(0) if self._event_dim else self
+
+    def _regrouped(self, event_dim: int) -> Self:
+        same = self._map(lambda t: t, event_dim)
+        same.index = self.index
+        return same
 
     def output(self, j: int) -> Self:
         """Marginal distribution of output ``j`` of batch shape (n, m), batch shape (n,)."""
@@ -211,11 +209,6 @@ class NormalMixture(Predictive):
         return self.aleatoric + self._epistemic()
 
     @property
-    def stddev(self) -> Tensor:
-        """Predictive standard deviation, in target units."""
-        return self.variance.sqrt()
-
-    @property
     def aleatoric(self) -> Tensor:
         """Noise variance, averaged over draws, in squared target units."""
         return self.scale.square().mean(0)
@@ -231,9 +224,13 @@ class NormalMixture(Predictive):
         NoEpistemicError
             If there is a single draw and no closed-form part.
         """
-        if self.n_draws == 1 and self.epistemic_scale is None:
+        if not self._has_epistemic:
             raise self._no_epistemic()
         return self._epistemic()
+
+    @property
+    def _has_epistemic(self) -> bool:
+        return self.n_draws > 1 or self.epistemic_scale is not None
 
     def _epistemic(self) -> Tensor:
         spread = _spread(self.loc)
@@ -266,10 +263,6 @@ class NormalMixture(Predictive):
         z = self._standardize(value)
         return _normal_cdf(z).mean(z.ndim - self.loc.ndim)
 
-    def icdf(self, value: Tensor | float) -> Tensor:
-        """Quantiles; the same as :meth:`quantile`."""
-        return self.quantile(value)
-
     def quantile(self, q: Tensor | float | Any) -> Tensor:
         """Quantiles of the mixture, exact to float64 rounding.
 
@@ -284,9 +277,7 @@ class NormalMixture(Predictive):
             Shape (n[, m]) for a scalar level, (Q, n[, m]) for Q levels.
         """
         self._need_marginal("quantile")
-        levels = torch.as_tensor(q, dtype=torch.float64)
-        if not bool(((levels > 0) & (levels < 1)).all()):
-            raise ParameterError("quantile: levels must lie strictly between 0 and 1.")
+        levels = check_levels(q)
         loc, scale = self._flat()
         out = torch.stack(
             [
@@ -295,19 +286,6 @@ class NormalMixture(Predictive):
             ]
         )
         return out.reshape(*levels.shape, *self.batch_shape).to(self.loc.dtype)
-
-    def interval(self, coverage: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Equal-tailed interval that holds ``coverage`` of the predictive mass."""
-        if not 0 < coverage < 1:
-            raise ParameterError(f"interval: coverage must lie in (0, 1), got {coverage!r}.")
-        tail = (1 - coverage) / 2
-        lower, upper = self.quantile([tail, 1 - tail])
-        return lower, upper
-
-    @property
-    def median(self) -> Tensor:
-        """Predictive median, in target units."""
-        return self.quantile(0.5)
 
     @property
     def mode(self) -> Tensor:
@@ -378,43 +356,7 @@ class NormalMixture(Predictive):
         picked_loc = loc.gather(0, flat).reshape(shape)
         return picked_loc + scale.gather(0, flat).reshape(shape) * noise
 
-    # -- presentation --------------------------------------------------------------------------
-
-    def to_frame(self) -> pd.DataFrame:
-        """Summarise rows: mean, std, q05, q50, q95, aleatoric and epistemic (NaN if it has none).
-
-        Several outputs give a column MultiIndex (output, statistic).
-        """
-        import pandas as pd
-
-        marginal = self._map(lambda t: t, event_dim=0)
-        q05, q50, q95 = marginal.quantile([0.05, 0.5, 0.95])
-        point = self.n_draws == 1 and self.epistemic_scale is None
-        columns = {
-            "mean": marginal.mean,
-            "std": marginal.stddev,
-            "q05": q05,
-            "q50": q50,
-            "q95": q95,
-            "aleatoric": marginal.aleatoric,
-            "epistemic": torch.full_like(marginal.mean, math.nan) if point else marginal.epistemic,
-        }
-        arrays = {name: t.detach().cpu().numpy() for name, t in columns.items()}
-        if len(marginal.batch_shape) < 2:
-            return pd.DataFrame({k: np.atleast_1d(v) for k, v in arrays.items()}, index=self.index)
-        outputs = range(marginal.batch_shape[1])
-        return pd.DataFrame(
-            {(f"y{j}", name): a[:, j] for j in outputs for name, a in arrays.items()},
-            index=self.index,
-        )
-
     # -- helpers -------------------------------------------------------------------------------
-
-    def _need_marginal(self, what: str) -> None:
-        if self._event_dim:
-            raise NotImplementedError(
-                f"NormalMixture.{what} is per output; call it on the distribution before joint()."
-            )
 
     def _flat(self) -> tuple[Tensor, Tensor]:
         """Component means and total scales as float64 (S, rows)."""
