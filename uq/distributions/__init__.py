@@ -1,7 +1,25 @@
 """Predictive distributions: Pyro distributions with quantiles and a split of uncertainty."""
 
-from uq.distributions.base import ClassPredictive, Predictive, RealPredictive
+from uq.distributions.base import ClassPredictive, Predictive, RealPredictive, concatenate
 from uq.distributions.classification import CategoricalMixture
+from uq.distributions.dirichlet import DirichletCategorical
+from uq.distributions.empirical import Empirical
+from uq.distributions.parametric import Parametric
+from uq.distributions.recalibrated import Recalibrated
 from uq.distributions.regression import NormalMixture
+from uq.distributions.sample_scores import energy_score, sample_crps
 
-__all__ = ["CategoricalMixture", "ClassPredictive", "NormalMixture", "Predictive", "RealPredictive"]
+__all__ = [
+    "CategoricalMixture",
+    "ClassPredictive",
+    "DirichletCategorical",
+    "Empirical",
+    "NormalMixture",
+    "Parametric",
+    "Predictive",
+    "RealPredictive",
+    "Recalibrated",
+    "concatenate",
+    "energy_score",
+    "sample_crps",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -66,12 +66,25 @@ class Predictive(TorchDistribution):
         """Summarise each row in a DataFrame."""
 
     @abstractmethod
+    def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw values; the same ``generator`` gives the same draws."""
+
+    @abstractmethod
     def _map(self, f: Callable[[Tensor], Tensor]) -> Self:
         """Same distribution with ``f`` applied to each tensor that has a value a row."""
 
     @abstractmethod
     def _rows(self, key: Any) -> Self:
         """Distribution of the rows that ``key`` selects along the first batch dimension."""
+
+    @property
+    def _row_axis(self) -> int:
+        """Axis of the rows, counted from the end, in the tensors that ``_map`` visits."""
+        return -len(self.batch_shape) - len(self.event_shape)
+
+    def _kind(self) -> tuple[Any, ...]:
+        """What must be equal for the rows of two distributions to be put in one."""
+        return (type(self), tuple(self.batch_shape[1:]), tuple(self.event_shape), self.n_draws)
 
     def cpu(self) -> Self:
         """Return the same distribution with its tensors on the CPU."""
@@ -137,6 +150,13 @@ class ClassPredictive(Predictive):
     @abstractmethod
     def probs(self) -> Tensor:
         """Class probabilities, float64, shape (n, n_classes)."""
+
+    @property
+    def _row_axis(self) -> int:
+        return -len(self.batch_shape) - 1  # the classes come last
+
+    def _kind(self) -> tuple[Any, ...]:
+        return (*super()._kind(), tuple(self.classes.tolist()))
 
     @property
     def n_classes(self) -> int:
@@ -220,6 +240,8 @@ class RealPredictive(Predictive):
     A subclass gives ``mean``, ``aleatoric``, ``epistemic``, ``log_prob``, ``cdf``, ``quantile``,
     ``crps``, ``sample``, ``mode``, ``draws``, ``joint`` and ``output``.
     """
+
+    has_log_prob: ClassVar[bool] = True
 
     @abstractmethod
     def cdf(self, value: Tensor) -> Tensor:
@@ -313,3 +335,65 @@ def check_levels(q: Any) -> Tensor:
     if not bool(((levels > 0) & (levels < 1)).all()):
         raise ParameterError("quantile: levels must lie strictly between 0 and 1.")
     return levels
+
+
+def concatenate(parts: Sequence[Predictive]) -> Predictive:
+    """Put the rows of several predictive distributions in one, in order.
+
+    Parameters
+    ----------
+    parts : sequence of Predictive
+        Distributions of one kind: the same class, outputs, classes and number of draws, as those of
+        one estimator at different rows, or of its fits on different folds.
+
+    Returns
+    -------
+    Predictive
+        Distribution of all rows; its ``index`` is joined where each part has one. Draw ``s`` of the
+        result is draw ``s`` of each part, so draws of different fits are not functions of one
+        posterior; what is per row (densities, quantiles, uncertainty) is unaffected.
+
+    Raises
+    ------
+    DataError
+        If there are no parts, one is a single row without a batch, or two are of different kinds.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.distributions import NormalMixture, concatenate
+    >>> one = NormalMixture(torch.tensor([[0.0, 1.0]]), torch.tensor(1.0))
+    >>> concatenate([one, one[1:]]).mean
+    tensor([0., 1., 1.])
+    """
+    if not parts:
+        raise DataError("concatenate: parts is empty; at least one distribution is needed.")
+    first = parts[0]
+    for i, part in enumerate(parts):
+        if not isinstance(part, Predictive) or not part.batch_shape:
+            raise DataError(
+                f"concatenate: parts[{i}] must be a predictive distribution of rows, got {part!r}."
+            )
+        if part._kind() != first._kind():
+            raise DataError(
+                f"concatenate: parts[{i}] is {part!r}, which differs in kind (class, outputs, "
+                f"classes, draws or parameters) from parts[0], {first!r}."
+            )
+    columns = iter(zip(*map(_tensors, parts), strict=True))
+    whole = first._map(lambda _: torch.cat(next(columns), first._row_axis))
+    indexes = [part.index for part in parts if part.index is not None]
+    if len(indexes) == len(parts):
+        whole.index = indexes[0].append(indexes[1:])
+    return whole
+
+
+def _tensors(d: Predictive) -> list[Tensor]:
+    """Tensors with a value a row, in the order in which ``_map`` visits them."""
+    seen: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        seen.append(t)
+        return t
+
+    d._map(keep)
+    return seen

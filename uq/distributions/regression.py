@@ -151,6 +151,9 @@ class NormalMixture(RealPredictive):
     def _rows(self, key: Any) -> Self:
         return self._map(lambda t: t[:, key])
 
+    def _kind(self) -> tuple[Any, ...]:
+        return (*super()._kind(), self.epistemic_scale is None)
+
     def expand(self, batch_shape: Any, _instance: None = None) -> Self:
         """Return the distribution with its batch shape expanded to ``batch_shape``."""
         shape = (self.n_draws, *batch_shape, *self.event_shape)
