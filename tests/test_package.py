@@ -19,7 +19,7 @@ LAYERS = {
     "nn": {"distributions", "errors"},
     "inference": {"nn", "distributions", "errors"},
     "io": {"models", "inference", "errors", "files"},
-    "models": {"inference", "nn", "distributions", "errors", "data", "io"},
+    "models": {"calibration", "inference", "nn", "distributions", "errors", "data", "io"},
     "data": {"errors"},
 }
 

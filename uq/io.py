@@ -29,7 +29,20 @@ FORMAT_VERSION = 1
 
 _CLASSES: dict[str, str] = {
     m.class_name(task): m.module for m in METHODS.values() for task in m.tasks
-} | {"TableModel": "uq.models.table", "TablePreprocessor": "uq.models.table"}
+} | {
+    "BetaCalibration": "uq.calibration",
+    "Calibrated": "uq.models.calibrated",
+    "EvidenceScaling": "uq.calibration",
+    "HistogramBinning": "uq.calibration",
+    "IsotonicCalibration": "uq.calibration",
+    "MatrixScaling": "uq.calibration",
+    "QuantileRecalibration": "uq.calibration",
+    "TablePreprocessor": "uq.models.table",
+    "TableModel": "uq.models.table",
+    "TemperatureScaling": "uq.calibration",
+    "VarianceScaling": "uq.calibration",
+    "VectorScaling": "uq.calibration",
+}
 
 
 def save(model: BaseEstimator, path: str | Path) -> None:
@@ -38,7 +51,7 @@ def save(model: BaseEstimator, path: str | Path) -> None:
     Parameters
     ----------
     model : estimator
-        A fitted uq estimator or :class:`uq.TableModel`.
+        A fitted uq estimator, :class:`uq.TableModel` or :class:`uq.Calibrated`.
     path : str or Path
         File to write, by habit with the suffix ``.uq``.
 
@@ -74,7 +87,7 @@ def load(path: str | Path, *, module: Any = None) -> Any:
     -------
     estimator
         Fitted; it predicts the same bits as the one saved. ``callbacks`` are not stored, and
-        neither is a ``random_state`` other than an integer.
+        neither are a ``random_state`` other than an integer and a ``cv`` that is a splitter.
 
     Raises
     ------
@@ -191,6 +204,8 @@ class _Writer:
             params["callbacks"] = ()
         if not isinstance(params.get("random_state"), int | np.integer):
             params.pop("random_state", None)
+        if not isinstance(params.get("cv", 0), int | float | str | np.number):
+            params.pop("cv")  # a splitter, which only fitting needs
         has_module = params.pop("module", None) is not None
         fitted = {k: v for k, v in vars(model).items() if _is_fitted_name(k) and k != "params_"}
         return {
