@@ -1,20 +1,21 @@
 """How well an uncertainty score tells out-of-distribution (OOD) inputs from familiar ones.
 
-High score means OOD and OOD is the positive class. Thresholds stand only between different
-scores, so that ties cannot be sorted in anyone's favour.
+High score means OOD and OOD is the positive class, here and in :mod:`uq.calibration.detectors`.
+Thresholds stand only between different scores, so that ties cannot be sorted in anyone's favour.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from uq.calibration.definitions import Definition
 from uq.calibration.rows import as_array
-from uq.distributions import NormalMixture, Predictive
+from uq.distributions import ClassPredictive, Predictive, RealPredictive
 from uq.errors import DataError, NoEpistemicError, ParameterError
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+ScoreKind = Literal[
+    "auto", "max_probability", "entropy", "mutual_information", "epistemic", "variance"
+]
 
 OOD_METRICS = (
     Definition(
@@ -49,6 +53,12 @@ OOD_METRICS = (
         "share of held-out inputs flagged by the threshold that flags 95 % of the OOD inputs",
         "lower",
     ),
+    Definition(
+        "detection_error",
+        "detection error",
+        "least ½ (share of held-out inputs flagged + share of OOD inputs missed) of any threshold",
+        "lower",
+    ),
 )
 
 
@@ -70,28 +80,28 @@ class ScoreGroups:
 
     def __init__(self, score_in: Floats, score_out: Floats) -> None:
         scores = np.concatenate([score_in, score_out])
-        self._order = np.argsort(-scores, kind="stable")
+        self._order = np.argsort(-scores)  # stability would cost time and groups need none
         ranked = scores[self._order]
-        self._starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
-        self._n_in = len(score_in)
+        self._ends = np.flatnonzero(np.r_[ranked[1:] != ranked[:-1], True])
+        self._is_out = self._order >= len(score_in)
 
     def metrics(self, weight_in: Floats, weight_out: Floats) -> Floats:
         """Values (..., metrics) of ``OOD_METRICS`` under row weights."""
         out = self.curve(weight_in, weight_out)
-        familiar = out.reversed()
-        return np.stack(
-            [curve_auroc(out), curve_aupr(familiar), curve_aupr(out), curve_fpr_at_tpr(out)], -1
-        )
+        values = [
+            curve_auroc(out),
+            curve_aupr(out.reversed()),
+            curve_aupr(out),
+            curve_fpr_at_tpr(out),
+            curve_detection_error(out),
+        ]
+        return np.stack(values, -1)
 
     def curve(self, weight_in: Floats, weight_out: Floats) -> Curve:
         """Cumulate row weights (..., n_in) and (..., n_out) from the highest score down."""
         weights = np.concatenate([weight_in, weight_out], -1)[..., self._order]
-        is_out = self._order >= self._n_in
-        out, familiar = np.where(is_out, weights, 0.0), np.where(is_out, 0.0, weights)
-        return Curve(
-            np.add.reduceat(out, self._starts, axis=-1).cumsum(-1),
-            np.add.reduceat(familiar, self._starts, axis=-1).cumsum(-1),
-        )
+        out, familiar = np.where(self._is_out, weights, 0.0), np.where(self._is_out, 0.0, weights)
+        return Curve(out.cumsum(-1)[..., self._ends], familiar.cumsum(-1)[..., self._ends])
 
 
 def curve_auroc(c: Curve) -> Floats:
@@ -119,6 +129,13 @@ def curve_fpr_at_tpr(c: Curve, tpr: float = 0.95) -> Floats:
     first = reached.argmax(-1)[..., None]
     rate: Floats = np.take_along_axis(fp, first, -1)[..., 0] / fp[..., -1]
     return rate
+
+
+def curve_detection_error(c: Curve) -> Floats:
+    """Least mean of false-positive and false-negative rate of each weighting."""
+    tp, fp = c.true_positives, c.false_positives
+    error: Floats = 0.5 * (1 + (fp / fp[..., -1:] - tp / tp[..., -1:]).min(-1))
+    return error
 
 
 def _before(cumulated: Floats) -> Floats:
@@ -238,46 +255,212 @@ def fpr_at_tpr(
     return _evaluate("fpr_at_tpr", lambda c: curve_fpr_at_tpr(c, tpr), score_in, score_out)
 
 
-def ood_score(prediction: Predictive) -> Floats:
-    """Score that should be high on OOD inputs.
+def detection_error(score_in: ArrayLike | Tensor, score_out: ArrayLike | Tensor) -> float:
+    """Error rate of the best threshold when familiar and OOD inputs are equally frequent.
 
     Parameters
     ----------
-    prediction : CategoricalMixture or NormalMixture
-        Predictive distribution of batch shape (n,), or (n, m) for regression.
+    score_in : array-like of shape (n,)
+        Scores of inputs like the training data; high means OOD.
+    score_out : array-like of shape (k,)
+        Scores of OOD inputs, the positive class.
+
+    Returns
+    -------
+    float
+        min_t ½ (FPR(t) + FNR(t)) in [0, 0.5]: 0.5 is chance, lower is better. The threshold is
+        chosen on the scores that are judged, which flatters small samples.
+
+    Notes
+    -----
+    One less this is the *detection accuracy* of Lee et al. (2018); 1 − 2 · error is the largest gap
+    between the two distribution functions. Liang et al. (2018) also call ½ (FPR + FNR) detection
+    error, but at the threshold of 95 % true positives, with the familiar inputs as positives.
+
+    References
+    ----------
+    K. Lee, K. Lee, H. Lee, J. Shin. "A simple unified framework for detecting out-of-distribution
+    samples and adversarial attacks." NeurIPS 2018. arXiv:1807.03888.
+    S. Liang, Y. Li, R. Srikant. "Enhancing the reliability of out-of-distribution image detection
+    in neural networks." ICLR 2018. arXiv:1706.02690.
+
+    Examples
+    --------
+    >>> from uq.calibration import detection_error
+    >>> detection_error([0.1, 0.2, 0.3, 0.4], [0.35, 0.5])  # flags one of four, misses none
+    0.125
+    """
+    return _evaluate("detection_error", curve_detection_error, score_in, score_out)
+
+
+def roc_curve(
+    score_in: ArrayLike | Tensor, score_out: ArrayLike | Tensor, *, max_points: int = 500
+) -> tuple[Floats, Floats]:
+    """Return the corners of the ROC curve, few enough to draw.
+
+    Parameters
+    ----------
+    score_in : array-like of shape (n,)
+        Scores of inputs like the training data; high means OOD.
+    score_out : array-like of shape (k,)
+        Scores of OOD inputs, the positive class.
+    max_points : int, default=500
+        Largest number of points, >= 2. A curve with more corners is thinned evenly along its
+        length, which moves no point of it by more than 2/(max_points − 1).
+
+    Returns
+    -------
+    fpr, tpr : ndarray of shape (n_points,)
+        Shares of familiar and of OOD inputs above each threshold, from (0, 0) to (1, 1). Equal
+        scores make one slanted step; points on straight stretches are left out.
+
+    See Also
+    --------
+    sklearn.metrics.roc_curve : never thins, and gives the thresholds too.
+
+    Examples
+    --------
+    >>> from uq.calibration import roc_curve
+    >>> fpr, tpr = roc_curve([0.1, 0.2, 0.3, 0.4], [0.35, 0.5])
+    >>> fpr.tolist(), tpr.tolist()
+    ([0.0, 0.0, 0.25, 0.25, 1.0], [0.0, 0.5, 0.5, 1.0, 1.0])
+    """
+    if not isinstance(max_points, int | np.integer) or max_points < 2:
+        raise ParameterError(f"roc_curve: max_points must be an integer >= 2, got {max_points!r}.")
+    curve = _curve("roc_curve", score_in, score_out)
+    points = np.stack([curve.false_positives, curve.true_positives])  # (2, groups), whole numbers
+    points = np.concatenate([np.zeros((2, 1)), points], axis=1)
+    step = np.diff(points)
+    turns = step[0, 1:] * step[1, :-1] != step[0, :-1] * step[1, 1:]
+    points = points[:, np.r_[True, turns, True]]
+    fpr, tpr = points / points[:, -1:]
+    if len(fpr) > max_points:
+        # fpr + tpr is the length along the axes, so skipped points lie close to a kept one.
+        kept = np.unique(np.searchsorted(fpr + tpr, np.linspace(0, 2, max_points)))
+        fpr, tpr = fpr[kept], tpr[kept]
+    return fpr, tpr
+
+
+# -- scores ------------------------------------------------------------------------------------
+
+
+def ood_score(prediction: Predictive, kind: ScoreKind = "auto") -> Floats:
+    """Score of each row that should be high on OOD inputs.
+
+    Parameters
+    ----------
+    prediction : ClassPredictive or RealPredictive
+        Predictive distribution of n rows; a regression may have m outputs.
+    kind : {"auto", "max_probability", "entropy", "mutual_information", "epistemic", "variance"}
+        Classification: ``"max_probability"`` is 1 − max p (Hendrycks and Gimpel, 2017),
+        ``"entropy"`` the entropy of the predictive, ``"mutual_information"`` or ``"epistemic"`` the
+        epistemic part of it; both in nats. Regression: ``"epistemic"`` or ``"variance"``, the
+        epistemic or the whole predictive variance. ``"auto"`` is the entropy for classification;
+        for regression the epistemic variance, or the whole where the method has no epistemic one.
 
     Returns
     -------
     ndarray of shape (n,)
-        Classification: the predictive entropy, in nats. Regression: the epistemic variance, or
-        the whole variance where the method has no epistemic one; averaged over outputs.
+        Scores in float64. Variances are averaged over outputs, which should then be in like units.
+
+    Raises
+    ------
+    DataError
+        If ``prediction`` is no predictive distribution of several rows.
+    ParameterError
+        If ``kind`` is unknown or does not exist for this distribution.
+    NoEpistemicError
+        If the epistemic part is asked of a distribution that has none.
+
+    Notes
+    -----
+    1 − max p is summed from the other probabilities, so that predictions whose largest probability
+    rounds to 1 are still told apart.
+
+    References
+    ----------
+    D. Hendrycks, K. Gimpel. "A baseline for detecting misclassified and out-of-distribution
+    examples in neural networks." ICLR 2017. arXiv:1610.02136.
 
     Examples
     --------
     >>> import torch
     >>> from uq.calibration import ood_score
-    >>> from uq.distributions import NormalMixture
+    >>> from uq.distributions import CategoricalMixture, NormalMixture
     >>> ood_score(NormalMixture(torch.tensor([[0.0, 0.0], [0.0, 2.0]]), torch.tensor(1.0)))
     array([0., 1.])
+    >>> sure_or_not = CategoricalMixture(torch.tensor([[[0.9, 0.1], [0.5, 0.5]]]).log())
+    >>> ood_score(sure_or_not, kind="max_probability").round(3)
+    array([0.1, 0.5])
     """
-    if isinstance(prediction, NormalMixture):
-        try:
-            score = as_array(prediction.epistemic)
-        except NoEpistemicError:
-            score = as_array(prediction.variance)
-    else:
-        score = as_array(prediction.entropy())
+    if not isinstance(prediction, ClassPredictive | RealPredictive):
+        raise DataError(
+            "ood_score: prediction must be a predictive distribution of uq, got a "
+            f"{type(prediction).__name__}."
+        )
+    of_classes = isinstance(prediction, ClassPredictive)
+    kinds = _CLASS_SCORES if of_classes else _REAL_SCORES
+    if kind not in kinds:
+        task = "classification" if of_classes else "regression"
+        raise ParameterError(
+            f"ood_score: kind must be one of {list(kinds)} for {task}, got {kind!r}."
+        )
+    shape = tuple(prediction.batch_shape)
+    if not 1 <= len(shape) <= (1 if of_classes else 2):
+        raise DataError(
+            f"ood_score: prediction needs batch shape {'(n,)' if of_classes else '(n,) or (n, m)'}"
+            f", got {shape}."
+        )
+    score = as_array(kinds[kind](prediction))
     return score.mean(tuple(range(1, score.ndim)), dtype=np.float64)
 
 
+def _one_less_max(d: ClassPredictive) -> Tensor:
+    p = d.probs
+    return p.scatter(-1, p.argmax(-1, keepdim=True), 0.0).sum(-1)
+
+
+def _epistemic_if_any(d: RealPredictive) -> Tensor:
+    try:
+        return d.epistemic
+    except NoEpistemicError:
+        return torch.as_tensor(d.variance)
+
+
+_CLASS_SCORES: dict[str, Callable[[Any], Tensor]] = {
+    "auto": lambda d: d.entropy(),
+    "max_probability": _one_less_max,
+    "entropy": lambda d: d.entropy(),
+    "mutual_information": lambda d: d.epistemic,
+    "epistemic": lambda d: d.epistemic,
+}
+_REAL_SCORES: dict[str, Callable[[Any], Tensor]] = {
+    "auto": _epistemic_if_any,
+    "epistemic": lambda d: d.epistemic,
+    "variance": lambda d: d.variance,
+}
+
+
+# -- checks ------------------------------------------------------------------------------------
+
+
 def check_scores(name: str, scores: ArrayLike | Tensor) -> Floats:
-    """Scores as finite float64 of shape (n,), n > 0."""
-    s = as_array(scores).astype(np.float64)
+    """Scores as float64 of shape (n,), n > 0; infinity is a score like any other."""
+    try:
+        s = as_array(scores).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must hold numbers: {error}.") from error
     if s.ndim != 1 or len(s) == 0:
         raise DataError(f"{name} needs shape (n,) with n >= 1, got {s.shape}.")
     if np.isnan(s).any():
         raise DataError(f"{name} is NaN at row {int(np.isnan(s).argmax())}.")
     return s
+
+
+def _curve(where: str, score_in: ArrayLike | Tensor, score_out: ArrayLike | Tensor) -> Curve:
+    familiar = check_scores(f"{where}: score_in", score_in)
+    out = check_scores(f"{where}: score_out", score_out)
+    return ScoreGroups(familiar, out).curve(np.ones(len(familiar)), np.ones(len(out)))
 
 
 def _evaluate(
@@ -286,7 +469,4 @@ def _evaluate(
     score_in: ArrayLike | Tensor,
     score_out: ArrayLike | Tensor,
 ) -> float:
-    familiar = check_scores(f"{where}: score_in", score_in)
-    out = check_scores(f"{where}: score_out", score_out)
-    curve = ScoreGroups(familiar, out).curve(np.ones(len(familiar)), np.ones(len(out)))
-    return float(statistic(curve))
+    return float(statistic(_curve(where, score_in, score_out)))
