@@ -1,40 +1,102 @@
-"""Bootstrap intervals for all numbers of a report at once.
+"""The statistical uncertainty of all numbers of a report at once.
 
 Rows are resampled with a fixed seed, the same resamples for every method, so that methods are
-compared on equal terms: a difference is judged by the interval of the difference itself.
+compared on equal terms: a difference is judged by the interval of the difference itself. Shares of
+rows have exact binomial intervals. Calibration errors, which chance keeps above zero, are also set
+against data sets whose labels were drawn from the predictions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from uq.calibration.definitions import Definition, Metric, weighted_means
+from uq.calibration.definitions import Definition, MeanMetric, Metric, OneHot, weighted_means
 from uq.calibration.ood import ScoreGroups
-from uq.calibration.rows import Rows
+from uq.calibration.rows import RegressionRows, Rows
+from uq.errors import ParameterError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
 
-N_RESAMPLES = 500
-INTERVAL = 0.9
-SEED = 0
 _BLOCK_ELEMENTS = 1 << 19  # weights held at a time: small enough for the cache
+_NULL_ELEMENTS = 20_000_000
+_NULL_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are made: their coverage, the number of resamples and the seed."""
+
+    interval: float = 0.95
+    n_resamples: int = 1000
+    seed: int = 0
+
+    def check(self, where: str) -> None:
+        """Refuse settings that cannot be used."""
+        if not 0 < self.interval < 1:
+            raise ParameterError(f"{where}: interval must lie in (0, 1), got {self.interval!r}.")
+        if not isinstance(self.n_resamples, int) or self.n_resamples < 100:
+            raise ParameterError(
+                f"{where}: n_resamples must be an integer >= 100, got {self.n_resamples!r}."
+            )
+
+    @property
+    def tails(self) -> tuple[float, float]:
+        """Levels of the two ends."""
+        return (1 - self.interval) / 2, (1 + self.interval) / 2
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number of a report, with its bootstrap interval and its standing among the methods."""
+    """A number of a report.
+
+    Attributes
+    ----------
+    value : float
+        The metric; NaN where it is undefined, and ``note`` says why.
+    low, high : float
+        Its interval.
+    standing : {"best", "tied", ""}
+        Among the methods.
+    limit : float or None
+        For a calibration error: what a calibrated method stays below in 95 of 100 data sets.
+    p_value : float or None
+        How often a calibrated method would look at least as bad.
+    note : str
+        Why the value or its interval is undefined.
+    """
 
     value: float
     low: float
     high: float
     standing: Literal["best", "tied", ""] = ""
+    limit: float | None = None
+    p_value: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two methods differ in a metric: first less second, with a simultaneous interval.
+
+    The intervals of all pairs of methods hold together with the stated coverage, so that more
+    methods do not make more false findings. ``winner`` is "" for a tie.
+    """
+
+    metric: str
+    first: str
+    second: str
+    value: float
+    low: float
+    high: float
+    winner: str
 
 
 @dataclass(frozen=True)
@@ -43,31 +105,62 @@ class Sampled:
 
     values: Floats
     replicates: Floats
-    n_rows: int
 
 
-def sample_metrics(methods: Sequence[Rows], metrics: Sequence[Metric]) -> Sampled:
+# -- replicates --------------------------------------------------------------------------------
+
+
+def sample_metrics(
+    methods: Sequence[Rows], metrics: Sequence[Metric], settings: Resampling
+) -> Sampled:
     """Evaluate ``metrics`` for every method, on the rows and on their resamples."""
-    tables = [[metric.columns(rows) for metric in metrics] for rows in methods]
-    ends = np.cumsum([columns.shape[1] for columns in tables[0]])[:-1]
-    joined = [np.concatenate(table, axis=1) for table in tables]
-
-    def evaluate(weights: Floats) -> Floats:
-        means = [np.split(weighted_means(weights, table), ends, axis=-1) for table in joined]
-        values = [[f.finish(m) for f, m in zip(metrics, ms, strict=True)] for ms in means]
-        return np.moveaxis(np.array(values), -1, 0)  # (resamples, methods, metrics)
-
     n = len(methods[0].y)
-    values = evaluate(np.ones((1, n)))[0]
-    replicates = np.concatenate([evaluate(w) for (w,) in _resamples(n)])
-    for j, metric in enumerate(metrics):
-        if metric.folded:
-            shift = np.median(replicates[..., j], axis=0) - values[:, j]
-            replicates[..., j] = (replicates[..., j] - shift).clip(min=0.0)
-    return Sampled(values, replicates, n)
+    evaluators = [_Evaluator(rows, metrics) for rows in methods]
+    values = np.array([[m.value(rows, np.ones(n)) for m in metrics] for rows in methods])
+    blocks = [
+        np.stack([evaluate(weight) for evaluate in evaluators], axis=1)
+        for (weight,) in _resamples(settings, n)
+    ]
+    return Sampled(values, np.concatenate(blocks))
 
 
-def sample_ood(scores_in: Sequence[Floats], scores_out: Sequence[Floats]) -> Sampled:
+class _Evaluator:
+    """All metrics of one method under any weights, with one product for what is linear in them."""
+
+    def __init__(self, rows: Rows, metrics: Sequence[Metric]) -> None:
+        self._rows, self._metrics = rows, metrics
+        ones = np.ones(len(rows.y))
+        columns = {
+            j: m.columns(rows, ones) for j, m in enumerate(metrics) if isinstance(m, MeanMetric)
+        }
+        self._sparse = {j: c for j, c in columns.items() if isinstance(c, OneHot)}
+        dense = {j: c for j, c in columns.items() if not isinstance(c, OneHot)}
+        self._dense = np.concatenate([*dense.values(), np.empty((len(ones), 0))], axis=1)
+        ends = np.cumsum([0, *(c.shape[1] for c in dense.values())])
+        self._slices = {j: slice(a, b) for j, a, b in zip(dense, ends[:-1], ends[1:], strict=True)}
+
+    def __call__(self, weight: Floats) -> Floats:
+        """Values (R, metrics) under weights (R, n)."""
+        dense = weighted_means(weight, self._dense)
+        ranking = None
+        total = float(weight.shape[1])
+        found = []
+        for j, metric in enumerate(self._metrics):
+            if isinstance(metric, MeanMetric):
+                sparse = self._sparse.get(j)
+                means = (
+                    dense[:, self._slices[j]] if sparse is None else weighted_means(weight, sparse)
+                )
+                found.append(metric.finish(means, total))
+            else:
+                ranking = ranking or self._rows.ranking.under(weight)
+                found.append(metric.statistic(ranking))  # type: ignore[attr-defined]
+        return np.stack(found, axis=-1)
+
+
+def sample_ood(
+    scores_in: Sequence[Floats], scores_out: Sequence[Floats], settings: Resampling
+) -> Sampled:
     """Evaluate the OOD metrics for every method, resampling familiar and OOD rows apart."""
     groups = [ScoreGroups(a, b) for a, b in zip(scores_in, scores_out, strict=True)]
 
@@ -76,62 +169,176 @@ def sample_ood(scores_in: Sequence[Floats], scores_out: Sequence[Floats]) -> Sam
 
     sizes = len(scores_in[0]), len(scores_out[0])
     values = evaluate(np.ones((1, sizes[0])), np.ones((1, sizes[1])))[0]
-    return Sampled(values, np.concatenate([evaluate(*w) for w in _resamples(*sizes)]), sizes[0])
+    blocks = [evaluate(*weights) for weights in _resamples(settings, *sizes)]
+    return Sampled(values, np.concatenate(blocks))
 
 
-def estimates(sampled: Sampled, definitions: Sequence[Definition]) -> list[dict[str, Estimate]]:
-    """Intervals and standings, one dict {metric name: estimate} a method."""
-    tails = [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2]
-    # Quantiles that are replicates themselves stay defined where some replicates are infinite.
-    low, high = np.quantile(sampled.replicates, tails, axis=0, method="inverted_cdf")
-    for j, definition in enumerate(definitions):
-        if isinstance(definition, Metric) and definition.share:
-            # All rows or none: the exact binomial end, since no resample differs.
-            end = tails[0] ** (1 / sampled.n_rows)
-            low[sampled.values[:, j] >= 1, j] = end
-            high[sampled.values[:, j] <= 0, j] = 1 - end
-    standing = [
-        _standings(definition.better, sampled.values[:, j], sampled.replicates[..., j])
-        for j, definition in enumerate(definitions)
-    ]
-    return [
-        {
-            definition.name: Estimate(
-                float(sampled.values[i, j]), float(low[i, j]), float(high[i, j]), standing[j][i]
-            )
-            for j, definition in enumerate(definitions)
-        }
-        for i in range(len(sampled.values))
-    ]
-
-
-def _standings(
-    better: Literal["lower", "higher", ""], values: Floats, replicates: Floats
-) -> list[Literal["best", "tied", ""]]:
-    standings: list[Literal["best", "tied", ""]] = [""] * len(values)
-    if not better or len(values) == 1:
-        return standings
-    sign = 1.0 if better == "lower" else -1.0
-    best = int((sign * values).argmin())
-    for i in range(len(values)):
-        with np.errstate(invalid="ignore"):
-            behind = sign * (replicates[:, i] - replicates[:, best])
-        # inf − inf is no evidence of a difference.
-        behind = np.where(np.isnan(behind), 0.0, behind)
-        if np.quantile(behind, (1 - INTERVAL) / 2, method="inverted_cdf") <= 0:
-            standings[i] = "best" if values[i] == values[best] else "tied"
-    return standings
-
-
-def _resamples(*sizes: int) -> Iterator[list[Floats]]:
+def _resamples(settings: Resampling, *sizes: int) -> Iterator[list[Floats]]:
     """Multinomial row weights (block, n) for each of ``sizes``, in blocks of resamples."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(settings.seed)
     block = max(1, _BLOCK_ELEMENTS // max(sizes))
-    for start in range(0, N_RESAMPLES, block):
-        count = min(block, N_RESAMPLES - start)
+    for start in range(0, settings.n_resamples, block):
+        count = min(block, settings.n_resamples - start)
         yield [
             np.array(
-                [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(count)], float
+                [
+                    np.bincount(rng.integers(n, size=n, dtype=np.int32), minlength=n)
+                    for _ in range(count)
+                ],
+                float,
             )
             for n in sizes
         ]
+
+
+# -- estimates ---------------------------------------------------------------------------------
+
+
+def estimates(
+    sampled: Sampled,
+    definitions: Sequence[Definition],
+    settings: Resampling,
+    methods: Sequence[Rows] = (),
+) -> list[dict[str, Estimate]]:
+    """Values with their intervals, one dict {metric name: estimate} a method.
+
+    ``methods`` are the rows of each, for what needs more than resamples: exact intervals and
+    calibration tests.
+    """
+    # Quantiles that are replicates themselves stay defined where some replicates are infinite.
+    ends = np.quantile(sampled.replicates, settings.tails, axis=0, method="inverted_cdf")
+    found: list[dict[str, Estimate]] = []
+    for i, values in enumerate(sampled.values):
+        found.append({})
+        for j, definition in enumerate(definitions):
+            value, low, high = float(values[j]), float(ends[0, i, j]), float(ends[1, i, j])
+            if np.isnan(value):
+                note = getattr(definition, "undefined", "")
+                estimate = Estimate(value, np.nan, np.nan, note=note)
+            elif methods and len(methods[i].y) == 1:
+                estimate = Estimate(value, np.nan, np.nan, note="an interval needs two rows")
+            elif methods and isinstance(definition, Metric) and definition.null is not None:
+                estimate = _error_estimate(
+                    value, sampled.replicates[:, i, j], definition, methods[i], settings
+                )
+            elif methods and isinstance(definition, MeanMetric) and definition.share:
+                estimate = _share_estimate(value, low, high, definition, methods[i], settings)
+            else:
+                estimate = Estimate(value, low, high)
+            found[-1][definition.name] = estimate
+    return found
+
+
+def _error_estimate(
+    value: float, replicates: Floats, metric: Metric, rows: Rows, settings: Resampling
+) -> Estimate:
+    """Interval and test of a calibration error.
+
+    Resampling inflates the error once more, by about what chance has already added to the value:
+    both are taken off. Where a calibrated method would show as much, the true error may be 0.
+    """
+    assert metric.null is not None
+    n_draws = int(np.clip(_NULL_ELEMENTS // rows.y.size, _NULL_DRAWS, settings.n_resamples))
+    null = metric.null(rows, np.random.default_rng(settings.seed), n_draws)
+    p_value = float((1 + (null >= value).sum()) / (1 + n_draws))
+    bias = max(0.0, float(np.median(replicates)) - value)
+    low, high = np.quantile(replicates, settings.tails) - (2 * bias, bias)
+    low = 0.0 if p_value > 1 - settings.interval else min(max(low, 0.0), value)
+    limit = float(np.quantile(null, settings.interval, method="higher"))
+    return Estimate(value, float(low), float(max(high, value)), limit=limit, p_value=p_value)
+
+
+def _share_estimate(
+    value: float, low: float, high: float, metric: MeanMetric, rows: Rows, settings: Resampling
+) -> Estimate:
+    """Clopper–Pearson interval of a share of rows, and the exact test of what it should be."""
+    from scipy.stats import binomtest
+
+    if isinstance(rows, RegressionRows) and rows.y.shape[1] > 1:
+        return Estimate(value, low, high)  # outputs of a row depend on one another
+    n = len(rows.y)
+    test = binomtest(round(value * n), n, 0.5 if metric.target is None else metric.target)
+    exact = test.proportion_ci(settings.interval)
+    p_value = None if metric.target is None else float(test.pvalue)
+    return Estimate(value, float(exact.low), float(exact.high), p_value=p_value)
+
+
+# -- differences -------------------------------------------------------------------------------
+
+
+def differences(
+    sampled: Sampled, definitions: Sequence[Definition], names: Sequence[str], settings: Resampling
+) -> list[Difference]:
+    """All pairs of methods in all metrics that have a better side.
+
+    Per metric the intervals are simultaneous over the pairs (studentised maximum over the paired
+    resamples): the chance of any false winner in a metric is 1 − interval at most.
+    """
+    found = []
+    pairs = list(combinations(range(len(names)), 2))
+    for j, definition in enumerate(definitions):
+        if not definition.better:
+            continue
+        sign = 1.0 if definition.better == "lower" else -1.0
+        usable = [(a, b) for a, b in pairs if not np.isnan(sampled.values[[a, b], j]).any()]
+        with np.errstate(invalid="ignore"):  # inf − inf is no evidence of a difference
+            value = np.array([sampled.values[a, j] - sampled.values[b, j] for a, b in usable])
+            moved = np.array(
+                [sampled.replicates[:, a, j] - sampled.replicates[:, b, j] for a, b in usable]
+            )
+        value, moved = np.nan_to_num(value, nan=0.0, posinf=np.inf, neginf=-np.inf), _no_nan(moved)
+        for (a, b), v, (low, high) in zip(
+            usable, value, _simultaneous(value, moved, settings), strict=True
+        ):
+            winner = "" if low <= 0 <= high else names[a] if sign * v < 0 else names[b]
+            found.append(
+                Difference(
+                    definition.name, names[a], names[b], float(v), float(low), float(high), winner
+                )
+            )
+    return found
+
+
+def _no_nan(a: Floats) -> Floats:
+    return np.where(np.isnan(a), 0.0, a)
+
+
+def _simultaneous(value: Floats, moved: Floats, settings: Resampling) -> Floats:
+    """Ends (pairs, 2) around ``value`` (pairs,) from replicates (pairs, R)."""
+    if len(value) == 0:
+        return np.empty((0, 2))
+    finite = np.isfinite(moved).all(1) & np.isfinite(value)
+    ends = np.empty((len(value), 2))
+    if finite.any():
+        spread = moved[finite].std(1)
+        centred = moved[finite] - moved[finite].mean(1, keepdims=True)
+        unit = np.divide(
+            centred, spread[:, None], out=np.zeros_like(centred), where=spread[:, None] > 0
+        )
+        factor = np.quantile(np.abs(unit).max(0), settings.interval)
+        ends[finite] = value[finite, None] + factor * spread[:, None] * np.array([-1.0, 1.0])
+    if not finite.all():  # infinite scores have no spread: each pair by its share of the risk
+        tail = settings.tails[0] / len(value)
+        levels = [tail, 1 - tail]
+        ends[~finite] = np.quantile(moved[~finite], levels, axis=1, method="inverted_cdf").T
+    return ends
+
+
+def standings(
+    found: Sequence[Difference], definition: Definition, values: dict[str, float]
+) -> dict[str, Literal["best", "tied", ""]]:
+    """Which methods are best in a metric, and which cannot be told from the best."""
+    known = {name: v for name, v in values.items() if not np.isnan(v)}
+    if not definition.better or len(known) < 2:
+        return dict.fromkeys(values, "")
+    top = min(known.values()) if definition.better == "lower" else max(known.values())
+    best = {name for name, v in known.items() if v == top}
+    beaten = {
+        d.second if d.winner == d.first else d.first
+        for d in found
+        if d.metric == definition.name and d.winner in best
+    }
+    return {
+        name: "best" if name in best else "" if name in beaten or name not in known else "tied"
+        for name in values
+    }

@@ -1,24 +1,39 @@
-"""The numbers behind reliability diagrams and PIT histograms.
+"""The numbers behind the diagrams of a report, as columns that JSON can hold.
 
 Bands show where a calibrated method would fall 90 % of the time, by the binomial distribution.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uq.calibration.definitions import ECE_BINS, confidence_bins
-from uq.calibration.rows import ClassificationRows, RegressionRows
+from uq.calibration.class_definitions import N_BINS
+from uq.calibration.definitions import equal_width_bins
+from uq.calibration.rows import ClassificationRows, RegressionRows, Rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Curve = dict[str, list[Any]]  # one list a column, one entry a bin
+    Floats = NDArray[np.float64]
+
+Curve = dict[str, list[Any]]  # one list a column, one entry a bin or point
 
 BAND = 0.9
 PIT_BINS = 20
+POINTS = 200  # of a curve, at most
+SCORE_BINS = 30
+
+
+def diagrams(rows: Rows) -> dict[str, Curve]:
+    """All curves that need the held-out rows only, by name."""
+    if isinstance(rows, ClassificationRows):
+        found = {"reliability": reliability_curve(rows)}
+    else:
+        found = {"pit": pit_curve(rows), "coverage": coverage_curve(rows)}
+    return {**found, "risk_coverage": risk_coverage(rows)}
 
 
 def reliability_curve(rows: ClassificationRows) -> Curve:
@@ -26,14 +41,14 @@ def reliability_curve(rows: ClassificationRows) -> Curve:
 
     Empty bins hold None.
     """
-    bins = confidence_bins(rows.confidence, ECE_BINS)
-    count = np.bincount(bins, minlength=ECE_BINS)
+    bins = equal_width_bins(rows.confidence, N_BINS)
+    count = np.bincount(bins, minlength=N_BINS)
     with np.errstate(invalid="ignore"):
-        confidence = np.bincount(bins, rows.confidence, ECE_BINS) / count
-        accuracy = np.bincount(bins, rows.correct, ECE_BINS) / count
+        confidence = np.bincount(bins, rows.confidence, N_BINS) / count
+        accuracy = np.bincount(bins, rows.correct, N_BINS) / count
     low, high = binomial_band(count, np.nan_to_num(confidence))
     full = count > 0
-    edges = np.arange(ECE_BINS + 1) / ECE_BINS
+    edges = np.arange(N_BINS + 1) / N_BINS
     return {
         "left": edges[:-1].tolist(),
         "right": edges[1:].tolist(),
@@ -60,9 +75,57 @@ def pit_curve(rows: RegressionRows) -> Curve:
     }
 
 
+def coverage_curve(rows: RegressionRows) -> Curve:
+    """Share of targets inside the equal-tailed interval of each nominal coverage."""
+    nominal = np.arange(5, 100, 5) / 100
+    # The narrowest interval that holds y has coverage |2F(y) − 1|.
+    needed = np.abs(2 * rows.pit.ravel() - 1)
+    share = np.searchsorted(np.sort(needed), nominal, side="right") / needed.size
+    low, high = binomial_band(np.full(len(nominal), len(rows.pit)), nominal)
+    return {
+        "nominal": nominal.tolist(),
+        "share": share.tolist(),
+        "band_low": low.tolist(),
+        "band_high": high.tolist(),
+    }
+
+
+def risk_coverage(rows: Rows) -> Curve:
+    """Error rate (classes) or RMSE (targets) among the most confident rows, by their share."""
+    ranking = rows.ranking
+    coverage = ranking.mass[0] / ranking.mass[0, -1]
+    risk = ranking.loss[0] / ranking.mass[0]
+    if isinstance(rows, RegressionRows):
+        risk = np.sqrt(risk)
+    # Thinned evenly in coverage; the first few rows alone are noise.
+    keep = np.unique(np.searchsorted(coverage, np.linspace(1 / POINTS, 1, POINTS) - 1e-12))
+    return {"coverage": coverage[keep].tolist(), "risk": risk[keep].tolist()}
+
+
+def ood_curves(score_in: Floats, score_out: Floats) -> dict[str, Curve]:
+    """ROC curve, and histograms of the scores of held-out and OOD rows in common bins."""
+    from uq.calibration.ood import roc_curve
+
+    fpr, tpr = roc_curve(score_in, score_out)
+    both = np.concatenate([score_in, score_out])
+    finite = both[np.isfinite(both)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1, SCORE_BINS + 1)
+    shares = [np.histogram(s.clip(low, high), edges)[0] / len(s) for s in (score_in, score_out)]
+    return {
+        "roc": {"fpr": fpr.tolist(), "tpr": tpr.tolist()},
+        "scores": {
+            "left": edges[:-1].tolist(),
+            "right": edges[1:].tolist(),
+            "held_out": shares[0].tolist(),
+            "ood": shares[1].tolist(),
+        },
+    }
+
+
 def binomial_band(
-    count: NDArray[np.int64], share: NDArray[np.float64], risk: float = 1 - BAND
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    count: NDArray[np.int64], share: Floats, risk: float = 1 - BAND
+) -> tuple[Floats, Floats]:
     """Shares between which a binomial share falls except with probability ``risk``."""
     from scipy.stats import binom
 
@@ -71,5 +134,5 @@ def binomial_band(
     return low, high
 
 
-def _where(full: NDArray[np.bool_], values: NDArray[np.float64]) -> list[Any]:
+def _where(full: Sequence[bool] | NDArray[np.bool_], values: Floats) -> list[Any]:
     return [float(v) if ok else None for ok, v in zip(full, values, strict=True)]

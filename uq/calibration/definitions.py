@@ -1,38 +1,33 @@
-"""What the metrics are, as data: columns of each row and a function of their weighted means.
+"""What a metric is, as data: what it is called, what each row adds, and how that becomes a number.
 
-Every metric is a function of weighted means over rows: what a row contributes is computed once,
+Nearly every metric is a function of weighted means over rows,
 
     value(w) = finish( Σ_i w_i c_i / Σ_i w_i ),    c_i = columns of row i,
 
-so that sample weights cost nothing and all resamples of a bootstrap are one matrix product.
+so that sample weights cost nothing and all resamples of a bootstrap are one matrix product. Bins
+are columns that are mostly zero, kept sparse. Metrics of a ranking of the rows take their weights
+in the order of the ranking instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from uq.calibration.rows import ClassificationRows, RegressionRows, Rows
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from uq.calibration.ranking import Ranking
+    from uq.calibration.rows import ClassificationRows, Rows
+
     Floats = NDArray[np.float64]
 
-ECE_BINS = 15
-LEVELS = np.arange(1, 100) / 100
-COVERAGES = (0.5, 0.8, 0.9, 0.95)
-
-
-def _single(means: Floats) -> Floats:
-    return means[..., 0]
-
-
-def _root(means: Floats) -> Floats:
-    return np.sqrt(means[..., 0])
+Finish = Callable[[Any, float], Any]
+Columns = Any  # (n, c): an array, or a OneHot
 
 
 @dataclass(frozen=True)
@@ -47,239 +42,198 @@ class Definition:
 
 @dataclass(frozen=True)
 class Metric(Definition):
-    """A metric as columns of each row and a function of their weighted means.
+    """A metric that can be computed; one of the two subclasses.
+
+    Parameters
+    ----------
+    null : callable, optional
+        For calibration errors. Maps rows, a generator and a number R to R values on data sets whose
+        labels were drawn from the predictions: what the metric is for a calibrated method.
+    undefined : str
+        Why the value can be NaN.
+    """
+
+    null: Callable[[Any, np.random.Generator, int], Floats] | None = None
+    undefined: str = ""
+
+    def value(self, rows: Rows, weight: Floats) -> float:
+        """Value under row weights of shape (n,)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MeanMetric(Metric):
+    """A metric that is a function of weighted means of columns.
 
     Parameters
     ----------
     columns : callable
-        Maps rows to an array (n, c).
+        Maps rows and their weights (which may set bins) to an array or a OneHot (n, c).
     finish : callable
-        Maps weighted means (..., c) to values (...).
-    folded : bool
-        Whether the metric adds up absolute deviations, which resampling inflates; the bootstrap
-        then moves its replicates back to the value.
+        Maps weighted means (..., c) and the sum of the weights to values (...).
     share : bool
-        Whether the metric is a share of rows, which resampling cannot vary where it is 0 or 1.
+        Whether the metric is a share of rows, so that its interval can be exact.
+    target : float, optional
+        What the share should be.
     """
 
-    columns: Callable[[Any], Floats]
-    finish: Callable[[Floats], Floats] = _single
-    folded: bool = False
+    columns: Callable[[Any, Any], Columns] = lambda rows, weight: np.ones((len(rows.y), 1))
+    finish: Finish = lambda means, total: means[..., 0]
     share: bool = False
+    target: float | None = None
 
     def value(self, rows: Rows, weight: Floats) -> float:
         """Value under row weights of shape (n,)."""
-        return float(self.finish(weighted_means(weight, self.columns(rows))))
+        means = weighted_means(weight[None], self.columns(rows, weight))
+        return float(self.finish(means, float(weight.sum()))[0])
 
 
-def weighted_means(weights: Floats, columns: Floats) -> Floats:
-    """Means (..., c) of ``columns`` (n, c) under ``weights`` (..., n); inf counts where w > 0."""
-    infinite = np.isposinf(columns)
+@dataclass(frozen=True)
+class RankMetric(Metric):
+    """A metric of how rows rank by confidence, as a function of a :class:`Ranking`."""
+
+    statistic: Callable[[Ranking], Floats] = lambda ranking: np.zeros(1)
+
+    def value(self, rows: Rows, weight: Floats) -> float:
+        """Value under row weights of shape (n,)."""
+        return float(self.statistic(rows.ranking.under(weight[None]))[0])
+
+
+def weighted_means(weights: Floats, columns: Columns) -> Floats:
+    """Means (R, c) of ``columns`` (n, c) under ``weights`` (R, n); inf counts where w > 0."""
     total = weights.sum(-1, keepdims=True)
+    if isinstance(columns, OneHot):
+        means: Floats = columns.sums(weights) / total
+        return means
+    infinite = np.isposinf(columns)
     if not infinite.any():
-        means: Floats = weights @ columns / total
+        means = weights @ columns / total
         return means
     means = weights @ np.where(infinite, 0.0, columns) / total
     return np.where(weights @ infinite.astype(np.float64) > 0, np.inf, means)
 
 
-# -- what rows contribute ----------------------------------------------------------------------
-
-
-def _mean_of(quantity: str) -> Callable[[Any], Floats]:
+def mean_of(quantity: str) -> Callable[[Any, Any], Floats]:
     """Mean over the outputs of the attribute ``quantity`` of the rows, as one column."""
 
-    def columns(rows: Rows) -> Floats:
+    def columns(rows: Any, weight: Any) -> Floats:
         values: Floats = getattr(rows, quantity)
         return values.reshape(len(values), -1).mean(1, keepdims=True)
 
     return columns
 
 
-def _brier_columns(rows: ClassificationRows) -> Floats:
-    p = rows.probs
-    if p.shape[1] == 2:
-        return np.square(p[:, 1:] - rows.y[:, None])
-    error = p.copy()
-    error[np.arange(len(p)), rows.y] -= 1
-    return np.square(error).sum(1, keepdims=True)
+def root(means: Any, total: float) -> Any:
+    """Square root of a single mean."""
+    return np.sqrt(means[..., 0])
 
 
-def confidence_bins(confidence: Floats, n_bins: int) -> NDArray[np.int64]:
-    """Bin min(⌊pB⌋, B − 1) of each confidence."""
-    return np.minimum((confidence * n_bins).astype(np.int64), n_bins - 1)
+# -- bins --------------------------------------------------------------------------------------
 
 
-def ece_metric(n_bins: int, kind: Literal["top_label", "positive"]) -> Metric:
-    """Expected calibration error over ``n_bins`` equal-width bins."""
+class OneHot:
+    """Columns (n, len(values) · n_bins): each of ``values`` stands in the column of its row's bin.
 
-    def columns(rows: ClassificationRows) -> Floats:
-        if kind == "top_label":
-            outcome, p = rows.correct, rows.confidence
-        else:
-            outcome, p = rows.y.astype(np.float64), rows.probs[:, 1]
-        gaps = np.zeros((len(p), n_bins))
-        gaps[np.arange(len(p)), confidence_bins(p, n_bins)] = outcome - p
-        return gaps
+    Parameters
+    ----------
+    bins : ndarray of shape (n,) or (n, k)
+        Bin of each row, or k bins of each.
+    n_bins : int
+        Number of bins.
+    values : sequence of arrays broadcastable to ``bins``
+        What a row adds to its bins.
+    """
 
-    return Metric(
-        "expected_calibration_error",
-        "Expected calibration error",
-        f"top label, {n_bins} equal-width bins of confidence: Σ (n_b/n) |accuracy − confidence|",
-        "lower",
-        columns,
-        lambda means: np.abs(means).sum(-1),
-        folded=True,
-    )
+    def __init__(self, bins: NDArray[np.int64], n_bins: int, values: Sequence[Any]) -> None:
+        self.bins, self.n_bins = bins, n_bins
+        self.values = [np.broadcast_to(v, bins.shape) for v in values]
 
+    def sums(self, weights: Floats) -> Floats:
+        """Sums (R, columns) under ``weights`` (R, n)."""
+        if len(weights) > 2:
+            return np.asarray(self._sparse @ np.ascontiguousarray(weights.T)).T
+        shaped = weights.reshape(*weights.shape, *(1,) * (self.bins.ndim - 1))
+        flat = self.bins.ravel()
 
-def _quantile_columns(rows: RegressionRows) -> Floats:
-    below = rows.pit[:, :, None] <= LEVELS  # (n, m, levels)
-    return below.reshape(len(below), -1).astype(np.float64)
+        def sums(values: Floats) -> Floats:
+            return np.bincount(flat, values.ravel(), self.n_bins)
 
+        return np.array([np.concatenate([sums(w * v) for v in self.values]) for w in shaped])
 
-def _quantile_finish(means: Floats) -> Floats:
-    shares = means.reshape(*means.shape[:-1], -1, len(LEVELS))  # (..., m, levels)
-    return np.abs(shares - LEVELS).mean((-2, -1))
+    @cached_property
+    def _sparse(self) -> Any:
+        from scipy.sparse import csc_array, vstack
 
-
-def coverage_metric(coverage: float) -> Metric:
-    """Share of targets inside the interval of ``coverage``."""
-    tail = (1 - coverage) / 2
-
-    def columns(rows: RegressionRows) -> Floats:
-        # y lies in the equal-tailed interval where its PIT does: one cdf serves all levels.
-        inside = (rows.pit >= tail) & (rows.pit <= 1 - tail)
-        return inside.mean(1, keepdims=True)
-
-    percent = f"{100 * coverage:g}"
-    return Metric(
-        f"coverage_{percent}",
-        f"Coverage of {percent} % intervals",
-        f"share of targets inside the equal-tailed interval; {coverage:g} is right",
-        "",
-        columns,
-        share=True,
-    )
+        n, k = len(self.bins), self.bins.size // max(len(self.bins), 1)
+        starts, flat = np.arange(0, n * k + 1, k), self.bins.ravel()
+        blocks = [
+            csc_array((v.astype(np.float64).ravel(), flat, starts), shape=(self.n_bins, n)).tocsr()
+            for v in self.values
+        ]
+        return vstack(blocks, format="csr")
 
 
-def width_metric(coverage: float) -> Metric:
-    """Mean width of the interval of ``coverage``."""
-    percent = f"{100 * coverage:g}"
-    return Metric(
-        f"width_{percent}",
-        f"Width of {percent} % intervals",
-        "mean width of the equal-tailed interval, in target units",
-        "",
-        lambda rows: rows.width(coverage).mean(1, keepdims=True),
-    )
+def equal_width_bins(p: Floats, n_bins: int) -> NDArray[np.int64]:
+    """Bin min(⌊pB⌋, B − 1) of each probability: p = 1 belongs to the last bin."""
+    return np.minimum((p * n_bins).astype(np.int64), n_bins - 1)
 
 
-NLL = Metric(
-    "negative_log_likelihood",
-    "Log score (NLL)",
-    "mean −log p(y), in nats; joint over the outputs where there are several",
-    "lower",
-    _mean_of("neg_log"),
-)
-BRIER = Metric(
-    "brier_score",
-    "Brier score",
-    "mean Σ_k (p_k − y_k)², from 0 to 2; for two classes (p₁ − y)², from 0 to 1",
-    "lower",
-    _brier_columns,
-)
-ACCURACY = Metric(
-    "accuracy",
-    "Accuracy",
-    "share of rows whose most probable class is the label",
-    "higher",
-    _mean_of("correct"),
-    share=True,
-)
-CRPS = Metric(
-    "crps",
-    "CRPS",
-    "mean continuous ranked probability score, in target units, exact for the mixture",
-    "lower",
-    _mean_of("crps"),
-)
-RMSE = Metric(
-    "rmse",
-    "RMSE",
-    "root mean squared error of the predictive mean, in target units",
-    "lower",
-    lambda rows: np.square(rows.error).mean(1, keepdims=True),
-    _root,
-)
-QUANTILE_ERROR = Metric(
-    "quantile_calibration_error",
-    "Quantile calibration error",
-    "mean over the levels 1 … 99 % of |level − share of targets at or below that quantile|",
-    "lower",
-    _quantile_columns,
-    _quantile_finish,
-    folded=True,
-)
-SHARPNESS = Metric(
-    "sharpness",
-    "Sharpness",
-    "√ mean predictive variance, in target units",
-    "",
-    _mean_of("variance"),
-    _root,
-)
+def equal_mass_bins(values: Floats, weight: Floats, n_bins: int) -> NDArray[np.int64]:
+    """Bin of each value in ``n_bins`` of about equal weight; equal values are never parted.
 
-# Reports show the metrics in these groups and in this order.
-CLASSIFICATION = {
-    "Scores": (NLL, BRIER, ACCURACY),
-    "Calibration": (
-        ece_metric(ECE_BINS, "top_label"),
-        Metric(
-            "mean_confidence",
-            "Mean confidence",
-            "mean probability of the most probable class; it should equal the accuracy",
-            "",
-            _mean_of("confidence"),
-        ),
-    ),
-    "Uncertainty": (
-        Metric(
-            "mean_aleatoric",
-            "Aleatoric uncertainty",
-            "mean entropy of the labels given the model, in nats",
-            "",
-            _mean_of("aleatoric"),
-        ),
-        Metric(
-            "mean_epistemic",
-            "Epistemic uncertainty",
-            "mean mutual information of label and model, in nats; the two add up to the entropy",
-            "",
-            _mean_of("epistemic"),
-        ),
-    ),
-}
-REGRESSION = {
-    "Scores": (NLL, CRPS, RMSE),
-    "Calibration": (QUANTILE_ERROR, *map(coverage_metric, COVERAGES)),
-    "Sharpness": (*map(width_metric, COVERAGES), SHARPNESS),
-    "Uncertainty": (
-        Metric(
-            "mean_aleatoric",
-            "Aleatoric uncertainty",
-            "√ mean noise variance, in target units",
-            "",
-            _mean_of("aleatoric"),
-            _root,
-        ),
-        Metric(
-            "mean_epistemic",
-            "Epistemic uncertainty",
-            "√ mean variance of the mean over models; sharpness² is the sum of the two squares",
-            "",
-            _mean_of("epistemic"),
-            _root,
-        ),
-    ),
-}
+    A group of equal values goes where its middle falls in the cumulated weight.
+    """
+    distinct, group = np.unique(values, return_inverse=True)
+    mass = np.bincount(group.ravel(), weight, len(distinct))
+    middle = (mass.cumsum() - mass / 2) / mass.sum()
+    return equal_width_bins(middle, n_bins)[group.ravel()]
+
+
+def ratio(a: Any, b: Any) -> Any:
+    """Quotient a / b, 0 where b is 0."""
+    return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape)), where=b != 0)
+
+
+Bins = Callable[["ClassificationRows", "Floats"], "NDArray[np.int64]"]
+
+
+def binned(
+    name: str, label: str, definition: str, *, bins: Bins, n_bins: int, finish: Callable[..., Any]
+) -> MeanMetric:
+    """Return a metric of confidence and accuracy over bins of the top-label confidence.
+
+    ``finish`` gets, in each bin, the share of rows, Σ confidence / n and Σ correct / n, each
+    (R, bins), and n.
+    """
+
+    def columns(rows: ClassificationRows, weight: Floats) -> OneHot:
+        return OneHot(bins(rows, weight), n_bins, [1.0, rows.confidence, rows.correct])
+
+    def finish_means(means: Floats, total: float) -> Floats:
+        return finish(*np.split(means, 3, axis=-1), total)
+
+    def null(rows: ClassificationRows, rng: np.random.Generator, n_draws: int) -> Floats:
+        ones = np.ones(len(rows.y))
+        where = bins(rows, ones)
+        fixed = weighted_means(ones[None], OneHot(where, n_bins, [1.0, rows.confidence]))
+        share, confidence = np.split(fixed, 2, axis=-1)
+        pattern = OneHot(where, n_bins, [1.0])
+        found = [
+            finish(share, confidence, pattern.sums(correct) / len(ones), float(len(ones)))
+            for correct in draw_correct(rows.confidence, rng, n_draws)
+        ]
+        return np.concatenate(found)
+
+    return MeanMetric(name, label, definition, "lower", null, columns=columns, finish=finish_means)
+
+
+_DRAW_ELEMENTS = 1 << 20
+
+
+def draw_correct(confidence: Floats, rng: np.random.Generator, n_draws: int) -> Any:
+    """Blocks (r, n) of whether rows are right, drawn with probability ``confidence``."""
+    block = max(1, _DRAW_ELEMENTS // len(confidence))
+    limit = confidence.astype(np.float32)
+    for start in range(0, n_draws, block):
+        shape = min(block, n_draws - start), len(confidence)
+        yield (rng.random(shape, dtype=np.float32) < limit).astype(np.float64)

@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from uq.calibration.bootstrap import (
-    INTERVAL,
-    N_RESAMPLES,
-    SEED,
     Estimate,
     estimates,
     sample_metrics,
     sample_ood,
 )
+from uq.calibration.class_definitions import CLASSIFICATION
 from uq.calibration.curves import Curve, pit_curve, reliability_curve
-from uq.calibration.definitions import CLASSIFICATION, REGRESSION, Definition
+from uq.calibration.definitions import Definition
 from uq.calibration.ood import OOD_METRICS, check_scores, ood_score
+from uq.calibration.real_definitions import REGRESSION
 from uq.calibration.rendering import to_html, to_text
 from uq.calibration.rows import ClassificationRows, Names, Rows, make_rows
-from uq.calibration.verdicts import summary, verdict
+from uq.calibration.verdicts import summary
 from uq.distributions import Predictive
 from uq.errors import DataError, ParameterError, SaveError
 from uq.files import write_atomically

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uq.calibration.ranking import Ranking
 from uq.distributions import ClassPredictive, Predictive, RealPredictive
 from uq.errors import DataError, NoEpistemicError
 
@@ -34,52 +36,95 @@ class ClassificationRows:
     ----------
     y_true : array-like of shape (n,)
         Labels, as in ``prediction.classes``.
-    prediction : CategoricalMixture
-        Predictive distribution of batch shape (n,).
+    prediction : ClassPredictive, or array or DataFrame of shape (n, n_classes)
+        Predictive distribution of batch shape (n,), or its probabilities: the columns of an array
+        are the labels 0, 1, …, those of a DataFrame are named by their labels.
     names : Names
         What error messages call the two.
     """
 
-    def __init__(self, y_true: ArrayLike | Tensor, prediction: Predictive, names: Names) -> None:
-        if not isinstance(prediction, ClassPredictive):
+    def __init__(self, y_true: ArrayLike | Tensor, prediction: Any, names: Names) -> None:
+        if isinstance(prediction, Predictive) and not isinstance(prediction, ClassPredictive):
             raise _wrong_type(names, "predictive distribution over classes", prediction)
-        if len(prediction.batch_shape) != 1:
-            raise _wrong_shape(names, "(n,)", prediction)
-        labels = _match(names, as_array(y_true), tuple(prediction.batch_shape))
-        self.prediction = prediction
-        self.y = _positions(names, labels, prediction.classes)
-        _check_finite(f"{names.where}: {names.prediction}.probs", self.probs)
-
-    @cached_property
-    def probs(self) -> NDArray[np.float64]:
-        """Class probabilities, shape (n, n_classes)."""
-        return as_array(self.prediction.probs)
+        if isinstance(prediction, ClassPredictive):
+            if len(prediction.batch_shape) != 1:
+                raise _wrong_shape(names, "(n,)", prediction)
+            self.prediction: ClassPredictive | None = prediction
+            self.probs, self.classes = as_array(prediction.probs), prediction.classes
+            check_finite_rows(f"{names.where}: {names.prediction}.probs", self.probs.sum(1))
+        else:
+            self.prediction = None
+            self.probs, self.classes = _probabilities(names, prediction)
+        labels = _match(names, as_array(y_true), self.probs.shape[:1])
+        self.y = _positions(names, labels, self.classes)
 
     @cached_property
     def neg_log(self) -> NDArray[np.float64]:
         """Negative log probability of the label, nats, shape (n,)."""
+        if self.prediction is None:
+            with np.errstate(divide="ignore"):
+                p = self.probs[np.arange(len(self.y)), self.y]
+                return _warn_infinite(-np.log(p, dtype=np.float64))
         y = torch.as_tensor(self.y, device=self.prediction.probs.device)
         return _warn_infinite(-as_array(self.prediction.log_prob(y)))
 
     @cached_property
+    def _top(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        confidence, label = torch.from_numpy(self.probs).max(1)  # one pass, faster than NumPy's two
+        return confidence.double().numpy(), label.numpy()
+
+    @cached_property
     def confidence(self) -> NDArray[np.float64]:
         """Probability of the most probable class, shape (n,)."""
-        return self.probs.max(1)
+        return self._top[0]
 
     @cached_property
     def correct(self) -> NDArray[np.float64]:
         """1 where the most probable class is the label, else 0, shape (n,)."""
-        return (self.probs.argmax(1) == self.y).astype(np.float64)
+        return (self._top[1] == self.y).astype(np.float64)
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """Rows from the most to the least confident, and whether they are wrong."""
+        return Ranking.of(self.confidence, 1 - self.correct)
+
+    def positive(self) -> BinaryRows:
+        """Rows of two classes as the probability of the second."""
+        return BinaryRows(self.y, self.probs[:, 1].astype(np.float64))
+
+    @cached_property
+    def entropy(self) -> NDArray[np.float64]:
+        """Entropy of the probabilities, nats, shape (n,)."""
+        p = torch.from_numpy(self.probs).double()
+        return as_array(torch.special.entr(p).sum(1))
 
     @cached_property
     def aleatoric(self) -> NDArray[np.float64]:
-        """Aleatoric uncertainty, nats, shape (n,)."""
-        return as_array(self.prediction.aleatoric)
+        """Aleatoric uncertainty, nats, shape (n,); the entropy of bare probabilities."""
+        return self.entropy if self.prediction is None else as_array(self.prediction.aleatoric)
 
     @cached_property
     def epistemic(self) -> NDArray[np.float64]:
         """Epistemic uncertainty, nats, shape (n,); NaN where the method has none."""
-        return _epistemic(self.prediction, self.aleatoric)
+        return _epistemic(self.prediction, self.entropy)
+
+
+@dataclass(frozen=True)
+class BinaryRows:
+    """Probability ``confidence`` of an event, and whether it came true (``y``), of n rows."""
+
+    y: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+
+    @cached_property
+    def correct(self) -> NDArray[np.float64]:
+        """1 where the event came true, else 0, shape (n,)."""
+        return self.y.astype(np.float64)
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """Rows from the highest to the lowest probability, and whether it failed to come true."""
+        return Ranking.of(self.confidence, 1 - self.correct)
 
 
 class RegressionRows:
@@ -95,23 +140,26 @@ class RegressionRows:
         What error messages call the two.
     """
 
-    def __init__(self, y_true: ArrayLike | Tensor, prediction: Predictive, names: Names) -> None:
+    def __init__(self, y_true: ArrayLike | Tensor, prediction: Any, names: Names) -> None:
         if not isinstance(prediction, RealPredictive):
             raise _wrong_type(names, "predictive distribution over real targets", prediction)
         shape = tuple(prediction.batch_shape) + tuple(prediction.event_shape)
         if not prediction.batch_shape or len(shape) > 2:
             raise _wrong_shape(names, "(n,) or (n, m)", prediction)
         y = _match(names, _numbers(f"{names.where}: {names.y}", y_true), shape)
-        _check_finite(f"{names.where}: {names.y}", y)
+        check_finite_rows(f"{names.where}: {names.y}", y)
         self.y = y.reshape(len(y), -1)  # (n, m)
         self.prediction = prediction.marginal().double()
+        self._quantiles: dict[float, NDArray[np.float64]] = {}
         self._y = torch.as_tensor(y, device=self.prediction.mean.device)
-        _check_finite(f"{names.where}: {names.prediction}.mean", as_array(self.prediction.mean))
-        _check_finite(f"{names.where}: {names.prediction}.variance", self.variance)
+        check_finite_rows(f"{names.where}: {names.prediction}.mean", as_array(self.prediction.mean))
+        check_finite_rows(f"{names.where}: {names.prediction}.variance", self.variance)
 
     @cached_property
     def neg_log(self) -> NDArray[np.float64]:
-        """Negative log density, joint over outputs, nats, shape (n,)."""
+        """Negative log density, joint over outputs, nats, shape (n,); NaN without a density."""
+        if not getattr(self.prediction, "has_log_prob", True):
+            return np.full(len(self.y), np.nan)
         return _warn_infinite(-as_array(self.prediction.joint().log_prob(self._y)))
 
     @cached_property
@@ -123,6 +171,16 @@ class RegressionRows:
     def pit(self) -> NDArray[np.float64]:
         """Probability integral transform F(y), shape (n, m)."""
         return self._columns(self.prediction.cdf(self._y))
+
+    @cached_property
+    def absolute_error(self) -> NDArray[np.float64]:
+        """Distance of the target from the predictive median, shape (n, m)."""
+        return np.abs(self.y - self.quantile(0.5))
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """Rows from the least to the most predictive variance, and their squared errors."""
+        return Ranking.of(-self.variance.mean(1), np.square(self.error).mean(1))
 
     @cached_property
     def error(self) -> NDArray[np.float64]:
@@ -144,10 +202,16 @@ class RegressionRows:
         """Epistemic variance, shape (n, m); NaN where the method has none."""
         return _epistemic(self.prediction, self.aleatoric)
 
-    def width(self, coverage: float) -> NDArray[np.float64]:
-        """Width of the equal-tailed interval of ``coverage``, target units, shape (n, m)."""
-        lower, upper = self.prediction.interval(coverage)
-        return self._columns(upper - lower)
+    def quantile(self, level: float) -> NDArray[np.float64]:
+        """Predictive quantile, target units, shape (n, m); each level is computed once."""
+        if level not in self._quantiles:
+            self._quantiles[level] = self._columns(self.prediction.quantile(level))
+        return self._quantiles[level]
+
+    def interval(self, coverage: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Ends of the equal-tailed interval of ``coverage``, target units, each (n, m)."""
+        tail = (1 - coverage) / 2
+        return self.quantile(tail), self.quantile(1 - tail)
 
     def _columns(self, t: Tensor) -> NDArray[np.float64]:
         return as_array(t).reshape(self.y.shape)
@@ -156,16 +220,11 @@ class RegressionRows:
 Rows = ClassificationRows | RegressionRows
 
 
-def make_rows(y_true: ArrayLike | Tensor, prediction: Predictive, names: Names) -> Rows:
+def make_rows(y_true: ArrayLike | Tensor, prediction: Any, names: Names) -> Rows:
     """Rows of the kind that ``prediction`` calls for."""
-    if isinstance(prediction, ClassPredictive):
-        return ClassificationRows(y_true, prediction, names)
     if isinstance(prediction, RealPredictive):
         return RegressionRows(y_true, prediction, names)
-    raise DataError(
-        f"{names.where}: {names.prediction} must be a predictive distribution "
-        f"of uq, got a {type(prediction).__name__}."
-    )
+    return ClassificationRows(y_true, prediction, names)
 
 
 def as_array(values: ArrayLike | Tensor) -> NDArray[Any]:
@@ -187,11 +246,11 @@ def check_weight(where: str, weight: ArrayLike | None, n: int) -> NDArray[np.flo
     return w
 
 
-def _epistemic(prediction: Predictive, like: NDArray[np.float64]) -> NDArray[np.float64]:
-    try:
-        return as_array(prediction.epistemic).reshape(like.shape)
-    except NoEpistemicError:
-        return np.full_like(like, np.nan)
+def _epistemic(prediction: Predictive | None, like: NDArray[np.float64]) -> NDArray[np.float64]:
+    if prediction is not None:
+        with suppress(NoEpistemicError):
+            return as_array(prediction.epistemic).reshape(like.shape)
+    return np.full_like(like, np.nan)
 
 
 def _warn_infinite(neg_log: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -225,10 +284,42 @@ def _match(names: Names, y: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any
     return y.reshape(shape)
 
 
+def _probabilities(names: Names, values: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Class probabilities given as numbers, and the labels of their columns."""
+    what = f"{names.where}: {names.prediction}"
+    if not hasattr(values, "__array__") and not isinstance(values, list | tuple):
+        raise _wrong_type(names, "predictive distribution of uq or an array (n, K)", values)
+    p = as_array(values)
+    if p.dtype != np.float32:
+        p = _numbers(what, p)
+    if p.ndim != 2 or p.shape[1] < 2:
+        raise DataError(
+            f"{what}: class probabilities need shape (n, n_classes), n_classes >= 2, got "
+            f"{p.shape}; for two classes give both columns."
+        )
+    p = np.require(p, requirements=["C", "W"])  # torch warns of arrays that cannot be written
+    total = as_array(torch.from_numpy(p).sum(1))
+    check_finite_rows(what, total)
+    tolerance = 1e-3 if p.dtype == np.float32 else 1e-6
+    bad = np.abs(total - 1) > tolerance
+    if bad.any() or (p.size and p.min() < 0):
+        row = int((bad | (p < 0).any(1)).argmax())
+        raise DataError(
+            f"{what}: probabilities must be >= 0 and sum to 1 in each row; row {row} holds "
+            f"{np.round(p[row, :6], 6).tolist()} with sum {float(total[row]):.6g} (logits? "
+            "use CategoricalMixture(logits[None]))."
+        )
+    return p, np.asarray(getattr(values, "columns", np.arange(p.shape[1])))
+
+
 def _positions(names: Names, labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.int64]:
-    lookup = {label: position for position, label in enumerate(classes.tolist())}
-    positions = np.array([lookup.get(label, -1) for label in labels.tolist()], dtype=np.int64)
-    if (positions < 0).any():
+    if labels.dtype.kind in "iu" and np.array_equal(classes, np.arange(len(classes))):
+        positions = labels.astype(np.int64)
+        positions[(positions < 0) | (positions >= len(classes))] = -1
+    else:
+        lookup = {label: position for position, label in enumerate(classes.tolist())}
+        positions = np.array([lookup.get(label, -1) for label in labels.tolist()], dtype=np.int64)
+    if len(positions) and positions.min() < 0:
         row = int((positions < 0).argmax())
         some = ", ".join(repr(c) for c in classes[:10].tolist()) + ", …" * (len(classes) > 10)
         raise DataError(
@@ -238,7 +329,8 @@ def _positions(names: Names, labels: NDArray[Any], classes: NDArray[Any]) -> NDA
     return positions
 
 
-def _check_finite(name: str, values: NDArray[np.float64]) -> None:
+def check_finite_rows(name: str, values: NDArray[Any]) -> None:
+    """Refuse NaN and infinity, naming the first such row."""
     bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
     if bad.any():
         raise DataError(f"{name} is NaN or infinite at row {int(bad.argmax())}.")

@@ -1,66 +1,152 @@
-"""Plain-language findings, derived from the numbers of a report.
+"""What a report says in words: one sentence or two on each of the reader's questions.
 
-A finding is stated only if a calibrated method would show it in less than one of ten data sets.
+A fault is stated only if a calibrated method would show it in less than one of twenty data sets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
 
-from uq.calibration.bootstrap import INTERVAL, Estimate
-from uq.calibration.curves import BAND, binomial_band
-from uq.calibration.definitions import COVERAGES, coverage_metric
+from uq.calibration.bootstrap import Difference, Estimate
+from uq.calibration.class_definitions import COVERAGE
+from uq.calibration.curves import binomial_band
+from uq.calibration.real_definitions import COVERAGES, coverage_metric
 from uq.calibration.rows import ClassificationRows, RegressionRows, Rows
 
-_STANDARD_ERRORS = NormalDist().inv_cdf((1 + INTERVAL) / 2)
+RISK = 0.05
 _FEW = 30
 _SLIGHT = 0.02  # a difference in probability that is real but hardly matters
 
 
-def verdict(rows: Rows, estimates: dict[str, Estimate]) -> list[str]:
-    """One or two sentences on calibration, and one on OOD inputs where there are any."""
+def verdicts(
+    rows: Rows, found: Mapping[str, Estimate], baseline: Mapping[str, float]
+) -> dict[str, str]:
+    """Sentences on one method, by section."""
     if isinstance(rows, ClassificationRows):
-        sentences = [_confidence(rows)]
+        said = {
+            "accuracy": _right(found, baseline),
+            "calibration": _confidence(rows, found),
+            "sharpness": _entropy(rows, found),
+            "awareness": _errors(found),
+        }
     else:
-        held = {level: estimates[coverage_metric(level).name].value for level in COVERAGES}
-        sentences = [_coverage(rows, held), *_bias(rows)]
-    if "auroc" in estimates:
-        sentences.append(_ood(estimates["auroc"]))
-    return sentences
+        said = {
+            "accuracy": _error(found, baseline),
+            "calibration": " ".join([_coverage(rows, found), *_bias(rows)]),
+            "sharpness": _width(rows, found),
+            "awareness": _risk(found),
+        }
+    if "auroc" in found:
+        said["awareness"] += " " + _ood(found["auroc"])
+    return said | {"comparison": _against_baseline(found, baseline)}
 
 
-def summary(estimates: dict[str, dict[str, Estimate]]) -> str:
+def summary(
+    estimates: Mapping[str, Mapping[str, Estimate]], differences: Sequence[Difference]
+) -> str:
     """Which method has the best log score, and which cannot be told from it; "" for one method."""
     if len(estimates) == 1:
         return ""
-    scores = {name: e["negative_log_likelihood"] for name, e in estimates.items()}
+    metric = "negative_log_likelihood"
+    known = [name for name, e in estimates.items() if not np.isnan(e[metric].value)]
+    if len(known) < len(estimates):
+        metric = "crps"
+    scores = {name: e[metric] for name, e in estimates.items()}
     best = [name for name, e in scores.items() if e.standing == "best"]
     tied = [name for name, e in scores.items() if e.standing == "tied"]
-    found = f"Best log score: {', '.join(best)} ({scores[best[0]].value:.4g} nats)"
-    return f"{found}; not distinguishable from it: {', '.join(tied)}." if tied else f"{found}."
+    label, unit = ("log score", " nats") if metric != "crps" else ("CRPS", "")
+    said = f"Best {label}: {', '.join(best)} ({scores[best[0]].value:.4g}{unit})"
+    return f"{said}; not distinguishable from it: {', '.join(tied)}." if tied else f"{said}."
 
 
-def _confidence(rows: ClassificationRows) -> str:
+def group_findings(faults: Sequence[tuple[str, str, float, str]], n_tests: int) -> list[str]:
+    """Name the groups whose calibration is off beyond chance, Bonferroni over ``n_tests``.
+
+    ``faults`` are (method, group, p-value, what was seen).
+    """
+    return [
+        f"{method}: {group} — {seen} (p = {p * n_tests:.2g}, for {n_tests} tests)."
+        for method, group, p, seen in faults
+        if p * n_tests <= RISK
+    ]
+
+
+# -- classification ----------------------------------------------------------------------------
+
+
+def _right(found: Mapping[str, Estimate], baseline: Mapping[str, float]) -> str:
+    e = found["accuracy"]
+    often = f"Always naming the most frequent class gets {_percent(baseline['accuracy'])}."
+    return f"{_percent(e.value)} of the labels are right ({_range(e, percent=True)}). {often}"
+
+
+def _confidence(rows: ClassificationRows, found: Mapping[str, Estimate]) -> str:
     p = rows.confidence
     gap = float((p - rows.correct).mean())
-    noise = _STANDARD_ERRORS * float(np.sqrt((p * (1 - p)).clip(min=0).sum())) / len(p)
+    errors = NormalDist().inv_cdf(1 - RISK / 2)
+    noise = errors * float(np.sqrt((p * (1 - p)).clip(min=0).sum())) / len(p)
     numbers = f"accuracy {rows.correct.mean():.3f} at mean confidence {p.mean():.3f}"
-    if abs(gap) <= noise + 1e-12:
-        return f"Confidence matches accuracy on average: {numbers}."
-    finding = "over-confident" if gap > 0 else "under-confident"
-    return f"{_graded(finding, gap)}: {numbers}."
+    e = found["expected_calibration_error"]
+    tested = f"ECE {e.value:.3f}, a calibrated method stays below {e.limit:.3f}"
+    if abs(gap) > noise + 1e-12:
+        finding = "over-confident" if gap > 0 else "under-confident"
+        return f"{_graded(finding, gap)}: {numbers} ({tested})."
+    p_value = 1.0 if e.p_value is None else e.p_value
+    if p_value < RISK:
+        return (
+            f"Confidence is right on average ({numbers}), but not at every level: {tested} "
+            f"(p = {p_value:.2g})."
+        )
+    few = f", but {len(p)} rows are few" if len(p) < _FEW else ""
+    return f"Confidence matches accuracy: {numbers}; {tested}{few}."
 
 
-def _coverage(rows: RegressionRows, held: dict[float, float]) -> str:
+def _entropy(rows: ClassificationRows, found: Mapping[str, Estimate]) -> str:
+    most = float(np.log(rows.probs.shape[1]))
+    sure = float((rows.confidence >= 0.9).mean())
+    entropy = found["mean_entropy"].value
+    return (
+        f"{_percent(sure)} of the predictions have a confidence of 90 % or more; mean entropy "
+        f"{entropy:.3f} nats of at most {most:.3f}."
+    )
+
+
+def _errors(found: Mapping[str, Estimate]) -> str:
+    auroc, kept = found["misclassification_auroc"], found[f"accuracy_at_{100 * COVERAGE:g}"]
+    if np.isnan(auroc.value):
+        return f"Whether errors are less confident cannot be said: {auroc.note}."
+    number = f"AUROC of errors {auroc.value:.3f}"
+    then = (
+        f"answering only the {100 * COVERAGE:.0f} % most confident gives an accuracy of "
+        f"{kept.value:.3f}"
+    )
+    if auroc.low > 0.5:
+        return f"Errors are less confident than right answers: {number}; {then}."
+    return f"Confidence does not tell errors from right answers: {number}; {then}."
+
+
+# -- regression --------------------------------------------------------------------------------
+
+
+def _error(found: Mapping[str, Estimate], baseline: Mapping[str, float]) -> str:
+    e = found["rmse"]
+    explained = 1 - (e.value / baseline["rmse"]) ** 2 if baseline["rmse"] else float("nan")
+    said = f"Typical error (RMSE) {e.value:.4g} ({_range(e)}), in target units."
+    if np.isnan(explained):
+        return said
+    return f"{said} That is {_percent(explained)} of the variance explained (R²)."
+
+
+def _coverage(rows: RegressionRows, found: Mapping[str, Estimate]) -> str:
     """Judge the 90 % intervals, or the level that is farthest off if those are right."""
     n = len(rows.pit)
+    held = {level: found[coverage_metric(level).name].value for level in COVERAGES}
     off = []
     for level, share in held.items():  # each is allowed a quarter of the risk of a false alarm
-        (low,), (high,) = binomial_band(
-            np.array([n]), np.array([level]), risk=(1 - BAND) / len(held)
-        )
+        (low,), (high,) = binomial_band(np.array([n]), np.array([level]), risk=RISK / len(held))
         if not low <= share <= high:
             distance = abs(share - level) / np.sqrt(level * (1 - level))
             off.append((np.inf if level == 0.9 else distance, level, share))
@@ -79,11 +165,33 @@ def _holds(level: float, share: float) -> str:
 
 def _bias(rows: RegressionRows) -> list[str]:
     above = float((rows.pit > 0.5).mean())
-    (low,), (high,) = binomial_band(np.array([len(rows.pit)]), np.array([0.5]))
+    (low,), (high,) = binomial_band(np.array([len(rows.pit)]), np.array([0.5]), risk=RISK)
     if low <= above <= high:
         return []
     finding = _graded("low" if above > 0.5 else "high", above - 0.5).lower()
     return [f"Predictions run {finding}: {100 * above:.1f} % of the targets exceed the median."]
+
+
+def _width(rows: RegressionRows, found: Mapping[str, Estimate]) -> str:
+    width = found["width_90"].value
+    spread = float(np.mean(np.quantile(rows.y, 0.95, axis=0) - np.quantile(rows.y, 0.05, axis=0)))
+    said = f"90 % intervals are {width:.4g} wide on average, in target units"
+    if not spread:
+        return f"{said}."
+    return f"{said}: {_percent(width / spread)} of the span that holds 90 % of all the targets."
+
+
+def _risk(found: Mapping[str, Estimate]) -> str:
+    whole, half = found["rmse"].value, found["rmse_at_50"]
+    numbers = f"RMSE {half.value:.4g} on the half of least variance, {whole:.4g} on all"
+    if half.high < whole:
+        return f"Errors are smaller where the variance is: {numbers}."
+    if half.low > whole:
+        return f"Errors are larger where the variance is small: {numbers}."
+    return f"The variance does not tell large errors from small ones: {numbers}."
+
+
+# -- both --------------------------------------------------------------------------------------
 
 
 def _ood(auroc: Estimate) -> str:
@@ -95,5 +203,30 @@ def _ood(auroc: Estimate) -> str:
     return f"Does not tell OOD inputs from held-out ones: {number}."
 
 
+def _against_baseline(found: Mapping[str, Estimate], baseline: Mapping[str, float]) -> str:
+    name, unit = "negative_log_likelihood", " nats"
+    if np.isnan(found[name].value):
+        name, unit = "crps", ""
+    e, constant = found[name], baseline[name]
+    label = "log score" if name != "crps" else "CRPS"
+    numbers = f"{label} {e.value:.4g}{unit} against {constant:.4g}"
+    if e.high < constant:
+        return f"Better than one constant prediction for all rows: {numbers}."
+    if e.low > constant:
+        return f"Worse than one constant prediction for all rows: {numbers}."
+    return f"Not distinguishable from one constant prediction for all rows: {numbers}."
+
+
 def _graded(finding: str, by: float) -> str:
     return f"Slightly {finding}" if abs(by) < _SLIGHT else finding.capitalize()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _range(e: Estimate, *, percent: bool = False) -> str:
+    if np.isnan(e.low):
+        return "no interval"
+    factor, spec = (100, ".1f") if percent else (1, ".4g")
+    return f"{factor * e.low:{spec}} to {factor * e.high:{spec}}" + (" %" if percent else "")
