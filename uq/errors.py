@@ -21,8 +21,8 @@ class NonFiniteLossError(UQError, ArithmeticError):
     """Training reached a loss that is NaN or infinite."""
 
 
-class ModelFileError(UQError, ValueError):
-    """A model file is not one of uq's, is damaged, or does not match the installed version."""
+class LoadError(UQError, ValueError):
+    """A file is not one of uq's, is damaged, or does not match the installed version."""
 
 
 class SaveError(UQError, OSError):

@@ -24,13 +24,14 @@ from uq.calibration import (
     quantile_calibration_error,
     report,
 )
-from uq.calibration.bootstrap import N_RESAMPLES, sample_metrics
-from uq.calibration.curves import pit_curve, reliability_curve
-from uq.calibration.definitions import ACCURACY, RMSE
+from uq.calibration.bootstrap import Resampling, sample_metrics
+from uq.calibration.class_definitions import ACCURACY
+from uq.calibration.curves import coverage_curve, pit_curve, reliability_curve, risk_coverage
+from uq.calibration.grouping import confidence_p_value
 from uq.calibration.plots import reliability_figure, to_svg
 from uq.calibration.rows import ClassificationRows, Names, RegressionRows
-from uq.distributions import CategoricalMixture, NormalMixture
-from uq.errors import DataError, ParameterError, SaveError
+from uq.distributions import CategoricalMixture, NormalMixture, Parametric
+from uq.errors import DataError, LoadError, ParameterError, SaveError
 
 N, K = 400, 4
 LABELS = np.array(["ant", "bee", "cow", "dog"])
@@ -53,17 +54,21 @@ def regressor(scale=0.5, n_draws=3, shift=0.0, n=N):
     return NormalMixture(torch.as_tensor(CENTRE[:n] + shift + 0.05 * noise), torch.tensor(scale))
 
 
+SITE = np.where(np.arange(N) % 4 == 0, "a", "b")
+
+
 @pytest.fixture(scope="module")
 def classified() -> Report:
     methods = {"good": classifier(), "sure": classifier(4.0, n_draws=1)}
     ood = {"good": classifier(0.3, n=50), "sure": classifier(3.0, n_draws=1, n=50)}
-    return compare(methods, Y_CLASS, ood=ood, notes={"data": "toy", "seconds": {"good": 1.23456}})
+    notes = {"data": "toy", "seconds": {"good": 1.23456}}
+    return compare(methods, Y_CLASS, ood=ood, groups={"site": SITE}, notes=notes)
 
 
 @pytest.fixture(scope="module")
 def regressed() -> Report:
     methods = {"good": regressor(), "narrow": regressor(0.25), "wide": regressor(1.5, n_draws=1)}
-    return compare(methods, Y_REAL, title="Toy <regression>")
+    return compare(methods, Y_REAL, title="Toy <regression>", groups={"site": SITE})
 
 
 # -- numbers -----------------------------------------------------------------------------------
@@ -93,10 +98,12 @@ def test_the_split_of_uncertainty_adds_up(classified, regressed):
 
 def test_metrics_are_tidy_and_intervals_hold_the_values(classified, regressed):
     for r in (classified, regressed):
-        frame = r.metrics
-        assert list(frame.columns) == ["method", "metric", "value", "low", "high"]
+        frame = r.to_frame(intervals=True)
+        numbers = ["value", "low", "high"]
+        assert list(frame.columns) == ["method", "metric", *numbers, "limit", "p_value", "note"]
         assert len(frame) == len(r.methods) * len(r.definitions)
-        known = frame.dropna()
+        known = frame.dropna(subset=numbers)
+        assert len(known) > 0.8 * len(frame)
         rounding = 1e-12 * known.value.abs()
         assert (known.low <= known.value + rounding).all()
         assert (known.high >= known.value - rounding).all()
@@ -104,11 +111,11 @@ def test_metrics_are_tidy_and_intervals_hold_the_values(classified, regressed):
 
 def test_intervals_of_a_mean_have_the_width_of_the_central_limit_theorem():
     rows = ClassificationRows(Y_CLASS, classifier(), Names("test"))
-    replicates = sample_metrics([rows], [ACCURACY]).replicates
-    assert replicates.shape == (N_RESAMPLES, 1, 1)
+    replicates = sample_metrics([rows], [ACCURACY], Resampling(n_resamples=800)).replicates
+    assert replicates.shape == (800, 1, 1)
     expected = rows.correct.std() / np.sqrt(N)
     # The standard error of a standard deviation from B replicates is 1/√(2B) of it; 5 of them.
-    assert replicates.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * N_RESAMPLES))
+    assert replicates.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * 800))
 
 
 def test_intervals_of_an_error_that_is_zero_start_at_zero():
@@ -119,19 +126,6 @@ def test_intervals_of_an_error_that_is_zero_start_at_zero():
     assert estimate.value == pytest.approx(0.0, abs=1e-7)
     assert estimate.low == pytest.approx(0.0, abs=1e-7)
     assert 0.05 < estimate.high < 0.3
-
-
-@pytest.mark.statistical
-def test_intervals_of_rmse_hold_the_truth_nine_times_in_ten():
-    hits, trials, n = 0, 200, 200
-    for seed in range(trials):
-        y = np.random.default_rng(seed).standard_normal(n)
-        d = NormalMixture(torch.zeros(1, n), torch.tensor(1.0))
-        replicates = sample_metrics([RegressionRows(y, d, Names("t"))], [RMSE]).replicates
-        low, high = np.quantile(replicates, [0.05, 0.95])
-        hits += low <= 1 <= high
-    # 5 standard errors of a binomial share.
-    assert abs(hits / trials - 0.9) < 5 * np.sqrt(0.9 * 0.1 / trials)
 
 
 def test_best_and_tied_methods_are_marked():
@@ -186,54 +180,197 @@ def test_pit_curve_pools_outputs():
 # -- findings ----------------------------------------------------------------------------------
 
 
-def test_verdicts_of_classifiers(classified):
-    good, sure = (classified.methods[m].verdict for m in ("good", "sure"))
-    assert good[0].startswith("Confidence matches accuracy on average: accuracy 0.")
-    assert sure[0].startswith("Over-confident: accuracy 0.")
-    assert good[1].startswith("More uncertain on OOD inputs")
-    assert sure[1].startswith("Does not tell") or sure[1].startswith("More uncertain")
-    (timid,) = report(classifier(0.3), Y_CLASS).methods["model"].verdict
-    assert timid.startswith("Under-confident: accuracy 0.")
+def said(prediction, y, section="calibration", **arguments) -> str:
+    return report(prediction, y, **arguments).methods["model"].verdicts[section]
+
+
+def test_calibration_of_classifiers_in_words(classified):
+    good, sure = (classified.methods[m].verdicts["calibration"] for m in ("good", "sure"))
+    assert good.startswith("Confidence matches accuracy: accuracy 0.")
+    assert sure.startswith("Over-confident: accuracy 0.")
+    assert said(classifier(0.3), Y_CLASS).startswith("Under-confident: accuracy 0.")
 
 
 @pytest.mark.parametrize(
     ("right", "finding"),
-    # At confidence .9 a calibrated method has 884 to 916 of 1000 right, 9 times in 10.
-    [(860, "Over-"), (882, "Slightly over-"), (890, "Confidence m"), (920, "Slightly under-")],
+    # At confidence .9 the 95 % range of a calibrated method is 3563 to 3637 of 4000 right.
+    [(3440, "Over-"), (3555, "Slightly over-"), (3580, "Confidence m"), (3645, "Slightly under-")],
 )
 def test_verdicts_know_the_noise(right, finding):
-    d = CategoricalMixture(torch.tensor([[[0.9, 0.05, 0.05]]]).log().expand(1, 1000, 3))
-    (sentence,) = report(d, [0] * right + [1] * (1000 - right)).methods["model"].verdict
-    assert sentence.startswith(finding)
+    d = CategoricalMixture(torch.tensor([[[0.9, 0.05, 0.05]]]).log().expand(1, 4000, 3))
+    assert said(d, [0] * right + [1] * (4000 - right)).startswith(finding)
 
 
-def test_verdicts_of_regressors(regressed):
-    good, narrow, wide = (m.verdict for m in regressed.methods.values())
+def test_confidence_right_on_average_only_is_found_out():
+    """Half the rows at .6 are right in 9 of 10, half at .9 in 6 of 10: a gap of 0 on average."""
+    p = torch.tensor([0.6, 0.9]).repeat(500)
+    d = CategoricalMixture(torch.stack([p, 1 - p], -1).log()[None])
+    wrong = np.tile(np.arange(10) < 1, 50), np.tile(np.arange(10) < 4, 50)
+    y = np.stack(wrong, 1).astype(int).ravel()
+    assert said(d, y).startswith("Confidence is right on average (accuracy 0.750")
+
+
+def test_calibration_of_regressors_in_words(regressed):
+    good, narrow, wide = (m.verdicts["calibration"] for m in regressed.methods.values())
     assert re.fullmatch(
-        r"90 % intervals hold \d\d\.\d % of .* targets: within chance of right, .*levels\.", good[0]
+        r"90 % intervals hold \d\d\.\d % of .* targets: within chance of right, .*levels\.", good
     )
-    assert narrow[0].endswith("too narrow.")
-    assert wide[0].endswith("too wide.")
-    low = report(regressor(shift=-0.5), Y_REAL).methods["model"].verdict
-    assert low[1].startswith("Predictions run low: ")
-    high = report(regressor(shift=0.5), Y_REAL).methods["model"].verdict
-    assert high[1].startswith("Predictions run high: ")
+    assert narrow.endswith("too narrow.")
+    assert wide.endswith("too wide.")
+    assert "Predictions run low: " in said(regressor(shift=-0.5), Y_REAL)
+    assert "Predictions run high: " in said(regressor(shift=0.5), Y_REAL)
 
 
 def test_a_handful_of_rows_proves_nothing():
-    r = report(regressor(n=3, n_draws=1), CENTRE[:3] + 1e-3)
-    assert r.methods["model"].verdict == [
+    assert said(regressor(n=3, n_draws=1), CENTRE[:3] + 1e-3) == (
         "90 % intervals hold 100.0 % of the held-out targets: nothing against it, but "
         "3 rows are few."
-    ]
+    )
 
 
 def test_ood_verdicts_follow_the_interval_of_the_auroc():
-    reverse = report(classifier(0.3), Y_CLASS, ood=classifier(4.0))
-    assert reverse.methods["model"].verdict[1].startswith("Less uncertain on OOD inputs")
+    ood = {"ood": classifier(4.0)}
+    assert "Less uncertain on OOD inputs" in said(classifier(0.3), Y_CLASS, "awareness", **ood)
     same = report(classifier(), Y_CLASS, ood=classifier())
-    assert same.methods["model"].verdict[1].startswith("Does not tell OOD inputs")
+    assert "Does not tell OOD inputs" in same.methods["model"].verdicts["awareness"]
     assert same.to_frame()["auroc"].item() == pytest.approx(0.5)
+
+
+def test_awareness_of_errors_in_words():
+    assert said(classifier(), Y_CLASS, "awareness").startswith("Errors are less confident")
+    flat = CategoricalMixture(torch.tensor([[[1.0, 0, 0, 0]]]).expand(1, N, 4), classes=LABELS)
+    assert said(flat, Y_CLASS, "awareness").startswith("Confidence does not tell errors")
+    perfect = CategoricalMixture(10 * torch.eye(4)[None], classes=LABELS)
+    assert "every label was predicted right" in said(perfect, LABELS, "awareness")
+    scale = torch.as_tensor(np.where(np.arange(N) % 2, 0.1, 3.0))
+    y = CENTRE + scale.numpy() * np.random.default_rng(3).standard_normal(N)
+    d = NormalMixture(torch.as_tensor(CENTRE)[None], scale[None])
+    assert said(d, y, "awareness").startswith("Errors are smaller where the variance is")
+
+
+def test_a_constant_prediction_is_the_measure():
+    text = said(classifier(), Y_CLASS, "comparison")
+    assert text.startswith("Better than one constant prediction for all rows: log score")
+    assert said(classifier(9.0), Y_CLASS, "comparison").startswith("Worse than one constant")
+    share = np.array([np.mean(label == Y_CLASS) for label in LABELS])
+    own = CategoricalMixture(torch.as_tensor(np.log(share)).expand(1, N, K), classes=LABELS)
+    r = report(own, Y_CLASS)
+    # The frequencies themselves score their entropy.
+    assert r.baseline["negative_log_likelihood"] == pytest.approx(-share @ np.log(share))
+    assert r.to_frame()["negative_log_likelihood"].item() == pytest.approx(-share @ np.log(share))
+    assert r.methods["model"].verdicts["comparison"].startswith("Not distinguishable")
+
+
+def test_the_constant_prediction_of_targets_by_its_definition():
+    b = report(regressor(), Y_REAL).baseline
+    normal = NormalMixture(
+        torch.full((1, N), Y_REAL.mean(), dtype=torch.float64), torch.tensor(Y_REAL.std())
+    )
+    assert b["negative_log_likelihood"] == pytest.approx(negative_log_likelihood(Y_REAL, normal))
+    assert b["rmse"] == pytest.approx(Y_REAL.std())
+    assert b["mae"] == pytest.approx(np.abs(Y_REAL - np.median(Y_REAL)).mean())
+    pairs = np.abs(Y_REAL[:, None] - Y_REAL)
+    assert b["crps"] == pytest.approx(pairs.mean() / 2)  # E|Y − y| − ½ E|Y − Y′|
+
+
+def test_predictions_without_a_density_are_judged_by_crps():
+    d = Parametric(torch.distributions.Normal(torch.as_tensor(CENTRE), 0.5))
+    draws = d.sample((200,), generator=torch.Generator().manual_seed(0))
+    from uq.distributions import Empirical
+
+    r = compare({"draws": Empirical(draws), "exact": d}, Y_REAL)
+    e = r.methods["draws"].estimates["negative_log_likelihood"]
+    assert np.isnan(e.value)
+    assert e.note == "a distribution given by samples has no density"
+    assert r.summary.startswith("Best CRPS: ")
+    assert "CRPS" in r.methods["draws"].verdicts["comparison"]
+    assert "has no density" in r.to_html()
+
+
+# -- groups ------------------------------------------------------------------------------------
+
+
+def test_groups_have_the_metrics_of_their_rows(classified, regressed):
+    frame = classified.groups_frame()
+    assert list(frame.n.unique()) == [100, 300]
+    one = frame[(frame.group == "a") & (frame.method == "good")].set_index("metric")
+    alone = classifier()[SITE == "a"]
+    assert one.value["negative_log_likelihood"] == pytest.approx(
+        negative_log_likelihood(Y_CLASS[SITE == "a"], alone)
+    )
+    frame = regressed.groups_frame()
+    one = frame[(frame.group == "b") & (frame.method == "wide")].set_index("metric")
+    wide = regressor(1.5, n_draws=1)[SITE == "b"]
+    assert one.value["crps"] == pytest.approx(crps(Y_REAL[SITE == "b"], wide))
+
+
+def test_a_group_that_is_off_is_named_and_others_are_not():
+    y = Y_REAL.copy()
+    bad = SITE == "a"
+    y[bad] = CENTRE[bad] + 3 * (Y_REAL - CENTRE)[bad]
+    r = report(regressor(), y, groups=SITE)
+    assert len(r.group_findings) == 1
+    assert r.group_findings[0].startswith("group a: 90 % intervals hold")
+    calm = report(regressor(), Y_REAL, groups=SITE)
+    assert calm.group_findings == ["No group's calibration is off beyond chance (2 tests)."]
+
+
+@pytest.mark.statistical
+def test_groups_of_a_calibrated_method_are_rarely_accused():
+    """Bonferroni: at most 5 % of the data sets may accuse any of 20 groups."""
+    accused, trials, n = 0, 60, 400
+    for seed in range(trials):
+        rng = np.random.default_rng(seed)
+        p = rng.uniform(0.5, 1, n)
+        y = (rng.random(n) < p).astype(int)
+        rows = np.stack([1 - p, p], 1)
+        tests = [
+            confidence_p_value(ClassificationRows(y[i::20], rows[i::20], Names("t")))
+            for i in range(20)
+        ]
+        accused += min(tests) * 20 <= 0.05
+    # A binomial count with share 0.05: 60 trials, 5 standard errors.
+    assert accused <= 60 * 0.05 + 5 * np.sqrt(60 * 0.05 * 0.95)
+
+
+def test_the_exact_test_of_confidence_is_a_binomial_for_equal_confidences():
+    from scipy.stats import binom
+
+    rows = np.tile([0.3, 0.7], (50, 1))
+    y = np.r_[np.ones(28), np.zeros(22)].astype(int)
+    p = confidence_p_value(ClassificationRows(y, rows, Names("t")))
+    assert p == pytest.approx(2 * binom.cdf(28, 50, 0.7))
+    # With more rows than the exact test takes, the normal limit agrees with the binomial.
+    y = np.r_[np.ones(1360), np.zeros(640)].astype(int)
+    p = confidence_p_value(ClassificationRows(y, np.tile([0.3, 0.7], (2000, 1)), Names("t")))
+    assert p == pytest.approx(2 * binom.cdf(1360, 2000, 0.7), rel=0.02)
+
+
+def test_several_outputs_are_reported_one_by_one():
+    loc = torch.as_tensor(np.stack([CENTRE, 100 * CENTRE], -1)[None])
+    d = NormalMixture(loc, torch.tensor([0.5, 50.0]))
+    y = np.stack([Y_REAL, 100 * Y_REAL], 1)
+    r = report(d, y)
+    frame = r.groups_frame().set_index(["group", "metric"]).value
+    assert frame["0", "rmse"] == pytest.approx(np.sqrt(np.mean((Y_REAL - CENTRE) ** 2)))
+    assert frame["1", "rmse"] == pytest.approx(100 * frame["0", "rmse"])
+
+
+def test_groupings_come_as_frames_and_missing_labels_are_a_group():
+    import pandas as pd
+
+    frame = pd.DataFrame({"site": SITE, "year": np.arange(N) % 3})
+    frame.loc[:9, "site"] = None
+    r = report(regressor(), Y_REAL, groups=frame)
+    assert [(g.grouping, g.label) for g in r.groups] == [
+        ("site", "a"),
+        ("site", "b"),
+        ("site", "missing"),
+        ("year", "0"),
+        ("year", "1"),
+        ("year", "2"),
+    ]
+    assert sum(g.n for g in r.groups if g.grouping == "site") == N
 
 
 # -- output ------------------------------------------------------------------------------------
@@ -251,7 +388,8 @@ def test_text_fits_100_columns_for_four_methods():
 
 def test_text_of_more_methods_comes_in_blocks():
     text = str(compare({f"method {i}": regressor() for i in range(5)}, Y_REAL))
-    assert text.count("Log score (NLL)") == 2
+    # Two blocks of the metrics, and two beside the constant prediction.
+    assert text.count("Log score (NLL)") == 4
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -291,8 +429,10 @@ def test_page_is_well_formed_self_contained_and_without_scripts(which, request):
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert "@import" not in html
     assert set(re.findall(r"url\((#?)", html)) <= {"#"}
-    assert page.tags.count("svg") == len(r.methods)
-    assert html.count('role="img" aria-label=') == len(r.methods)
+    # reliability or PIT and OOD scores of each method; overlaid: risk–coverage, coverage or ROC
+    n_figures = len(r.methods) * (2 if r.n_ood else 1) + 2
+    assert page.tags.count("svg") == n_figures
+    assert html.count('role="img" aria-label=') == n_figures
     for definition in r.definitions:
         assert definition.label in html
 
@@ -314,8 +454,9 @@ def test_dict_is_json_with_definitions_versions_and_curves(classified):
     data = json.loads(json.dumps(classified.to_dict(), allow_nan=False))
     assert set(data["versions"]) >= {"uq", "python", "torch"}
     assert data["methods"]["sure"]["estimates"]["mean_epistemic"]["value"] is None
-    assert len(data["methods"]["good"]["curve"]["count"]) == 15
-    assert data["definitions"]["brier_score"]["better"] == "lower"
+    assert len(data["methods"]["good"]["curves"]["reliability"]["count"]) == 15
+    better = {d["name"]: d["better"] for d in data["sections"]["accuracy"]}
+    assert better["brier_score"] == "lower"
 
 
 def test_an_infinite_log_score_is_shown_and_kept():
@@ -330,7 +471,7 @@ def test_an_infinite_log_score_is_shown_and_kept():
 
 
 def test_svg_ids_carry_their_prefix_and_colours_are_variables(classified):
-    figure = reliability_figure(classified.methods["good"].curve)
+    figure = reliability_figure(classified.methods["good"].curves["reliability"])
     svg = to_svg(figure, "label", "p7")
     assert re.findall(r'\bid="(?!p7-)', svg) == []
     assert "var(--accent" in svg
@@ -345,7 +486,7 @@ def test_figures_leave_matplotlib_as_it_was(classified):
     assert dict(matplotlib.rcParams) == before
     code = (
         "import sys, torch, uq.calibration as c, uq.distributions as d\n"
-        "assert not {'matplotlib', 'jinja2', 'pandas', 'scipy.stats'} & set(sys.modules)\n"
+        "assert not {'matplotlib', 'jinja2'} & set(sys.modules)\n"
         "r = c.report(d.NormalMixture(torch.zeros(1, 9), torch.tensor(1.0)), torch.zeros(9))\n"
         "r.to_html()\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
@@ -381,6 +522,168 @@ def test_a_folder_that_cannot_be_made_is_named(classified, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(SaveError, match=r"cannot make the folder .*file"):
         classified.save(tmp_path / "file")
+
+
+@pytest.mark.parametrize("which", ["classified", "regressed"])
+def test_a_saved_report_comes_back_whole(which, request, tmp_path):
+    r = request.getfixturevalue(which)
+    assert r.save(tmp_path / "r.json") == tmp_path / "r.json"
+    again = Report.load(tmp_path / "r.json")
+    assert again.to_dict() == r.to_dict()
+    assert again.to_html() == r.to_html()
+    assert str(again) == str(r)
+    assert again.to_frame(intervals=True).equals(r.to_frame(intervals=True))
+    r.save(tmp_path / "folder")
+    assert Report.load(tmp_path / "folder").to_dict() == r.to_dict()
+
+
+def test_each_suffix_writes_its_kind(classified, tmp_path):
+    assert classified.save(tmp_path / "new" / "a.html").read_text() == classified.to_html()
+    assert classified.save(tmp_path / "a.md").read_text() == classified.to_markdown()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.md", "new"]
+    with pytest.raises(ParameterError, match=r"must end in \.html, \.json or \.md, got 'a\.pdf'"):
+        classified.save(tmp_path / "a.pdf")
+
+
+def test_infinity_survives_a_file(tmp_path):
+    d = CategoricalMixture(torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]).log())
+    with pytest.warns(RuntimeWarning, match="probability 0"):
+        r = report(d, [1, 0])
+    r.save(tmp_path / "r.json")
+    again = Report.load(tmp_path / "r.json")
+    assert again.methods["model"].estimates["negative_log_likelihood"].value == np.inf
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "no report of format 2"),
+        ('{"format": 1}', r"no report of format 2 \(got 1\)"),
+        ('{"format": 2, "title": "x"}', r"the file is damaged \(KeyError"),
+    ],
+)
+def test_files_that_are_no_reports_are_refused(content, message, tmp_path):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(LoadError, match=message):
+        Report.load(tmp_path / "r.json")
+    with pytest.raises(LoadError, match="No such file"):
+        Report.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("key", ["sections", "methods", "differences", "groups", "resampling"])
+def test_damaged_reports_are_refused(classified, key):
+    for damage in (None, [1], {"a": 1}, "x"):
+        with pytest.raises(LoadError, match="damaged"):
+            Report.from_dict({**classified.to_dict(), key: damage})
+
+
+def test_markdown_has_every_metric_and_escapes_what_users_write(classified):
+    text = classified.to_markdown()
+    for d in classified.definitions:
+        assert d.label in text
+    widths = {
+        line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("|")
+    }
+    assert widths <= {4, 5, 7}  # two methods, with the constant, groups
+    evil = report(regressor(), Y_REAL, name="a|b <c> *d*").to_markdown()
+    assert "a\\|b &lt;c>" in evil
+
+
+# -- plots -------------------------------------------------------------------------------------
+
+
+def test_plots_draw_the_numbers_of_the_curves(classified, regressed):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    axes = classified.plot()
+    assert [ax.get_title() for ax in axes] == ["good", "sure"]
+    line = axes[0].lines[1].get_xydata()
+    curve = classified.methods["good"].curves["reliability"]
+    known = [i for i, count in enumerate(curve["count"]) if count]
+    np.testing.assert_allclose(line[:, 0], [curve["confidence"][i] for i in known])
+    np.testing.assert_allclose(line[:, 1], [curve["accuracy"][i] for i in known])
+    _, mine = plt.subplots()
+    assert classified.plot("roc", ax=mine) is mine
+    assert [t.get_text() for t in mine.get_legend().get_texts()] == ["good", "sure"]
+    assert regressed.plot("pit", methods=["wide"]).get_xlabel() == "PIT value F(y)"
+    for kind in ("coverage", "risk_coverage"):
+        assert len(regressed.plot(kind).get_legend().get_texts()) == 3
+    dollars = report(regressor(), Y_REAL, name="$x_1")
+    dollars.plot("coverage").figure.canvas.draw()
+    compare({"$a": regressor(), "b$": regressor()}, Y_REAL).to_html()
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"kind": "roc"},
+            r"kind must be one of \['coverage', 'pit', .* \(roc and scores need ood=\)",
+        ),
+        ({"methods": ["x"]}, "methods must be among .* got 'x'"),
+        ({"methods": []}, "methods must be among"),
+        ({"kind": "pit", "ax": [None]}, "ax must hold 3 axes, one a method, got 1"),
+    ],
+)
+def test_plots_that_do_not_exist_are_refused(regressed, arguments, message):
+    with pytest.raises(ParameterError, match=message):
+        regressed.plot(**arguments)
+
+
+def test_curves_by_hand():
+    y, loc = torch.tensor([-2.0, -0.5, 0.1, 0.4]), torch.zeros(1, 4)
+    rows = RegressionRows(y, NormalMixture(loc, torch.tensor(1.0)), Names("t"))
+    curve = coverage_curve(rows)
+    half = curve["nominal"].index(0.5)  # ±0.674 holds three of four
+    assert curve["share"][half] == 0.75
+    scale = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    rows = RegressionRows(y, NormalMixture(loc, scale[None]), Names("t"))
+    curve = risk_coverage(rows)
+    assert curve["coverage"] == [0.25, 0.5, 0.75, 1.0]
+    assert curve["risk"][0] == pytest.approx(2.0)
+    assert curve["risk"][-1] == pytest.approx(np.sqrt(np.mean(y.numpy() ** 2)))
+
+
+def test_a_difference_is_counted_for_both_sides(regressed):
+    frame = regressed.differences_frame()
+    nll = frame[frame.metric == "negative_log_likelihood"].set_index(["first", "second"])
+    assert nll.winner["good", "narrow"] == "good"
+    assert nll.value["good", "narrow"] == pytest.approx(
+        negative_log_likelihood(Y_REAL, regressor())
+        - negative_log_likelihood(Y_REAL, regressor(0.25))
+    )
+    assert "2–0–0" in regressed.to_html()
+
+
+def test_labels_in_another_order_are_noticed():
+    import pandas as pd
+
+    d = regressor()
+    d.index = pd.RangeIndex(N)
+    y = pd.Series(Y_REAL)
+    assert report(d, y).n == N
+    with pytest.raises(DataError, match="report: y and prediction hold the same rows in different"):
+        report(d, y[::-1])
+    assert report(d, y[::-1].to_numpy()).n == N
+
+
+def test_bare_probabilities_are_enough():
+    import pandas as pd
+
+    p = classifier().probs.numpy()
+    frame = pd.DataFrame(p, columns=LABELS)
+    r = report(frame, Y_CLASS, groups=SITE)
+    expected = report(classifier(), Y_CLASS).to_frame()
+    assert r.to_frame()["brier_score"].item() == pytest.approx(expected["brier_score"].item())
+    assert len(r.groups) == 2
+    with pytest.raises(DataError, match="ood needs predictive distributions"):
+        report(frame, Y_CLASS, ood=frame)
 
 
 # -- bad input ---------------------------------------------------------------------------------
@@ -424,6 +727,19 @@ def test_a_folder_that_cannot_be_made_is_named(classified, tmp_path):
         (lambda: report(regressor(), np.full(N, np.nan)), "report: y is NaN or infinite at row 0"),
         (lambda: report(classifier(), ["fly"] * N), "report: y holds 'fly' at row 0"),
         (lambda: report(classifier(), Y_CLASS, ood=classifier(n=0)), "needs shape"),
+        (
+            lambda: report(regressor(), Y_REAL, interval=1.0),
+            r"report: interval must lie in \(0, 1\)",
+        ),
+        (lambda: report(regressor(), Y_REAL, n_resamples=10), "n_resamples must be an integer >="),
+        (
+            lambda: report(regressor(), Y_REAL, groups=Y_REAL),
+            "groups 'group' have 400 distinct labels, at most 50 .* bin numbers with pandas.qcut",
+        ),
+        (
+            lambda: report(regressor(), Y_REAL, groups={"a": SITE[:-1]}),
+            r"need a label for each of the 400 rows, but 'a' has shape \(399,\)",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -431,22 +747,12 @@ def test_bad_input_is_named(call, message):
         call()
 
 
-def test_verdict_looks_at_every_coverage():
-    """Right at 90 %, but 50 % intervals that hold a quarter: not "right"."""
-    pit = np.concatenate([np.linspace(0.06, 0.24, 130), np.linspace(0.76, 0.94, 130)])
-    pit = np.concatenate([pit, np.linspace(0.3, 0.7, 100), np.full(20, 0.01), np.full(20, 0.99)])
-    y = torch.special.ndtri(torch.tensor(pit))
-    d = NormalMixture(torch.zeros(1, 400).double(), torch.tensor(1.0).double())
-    (sentence, *_) = report(d, y.numpy()).methods["model"].verdict
-    assert sentence == "50 % intervals hold 25.0 % of the held-out targets: too narrow."
-
-
 def test_shares_of_all_rows_have_an_exact_interval():
-    """No resample of 50 right answers has a wrong one; the binomial end is 0.05 ** (1/50)."""
+    """No resample of 50 right answers has a wrong one; the binomial end is 0.025 ** (1/50)."""
     d = CategoricalMixture(torch.tensor([[[0.99, 0.01]]]).log().expand(1, 50, 2))
     r = report(d, [0] * 50).methods["model"].estimates["accuracy"]
     assert (r.value, r.high) == (1.0, 1.0)
-    assert r.low == pytest.approx(0.05 ** (1 / 50))
+    assert r.low == pytest.approx(0.025 ** (1 / 50))
     r = report(d, [1] * 50).methods["model"].estimates["accuracy"]
     assert (r.value, r.low) == (0.0, 0.0)
-    assert r.high == pytest.approx(1 - 0.05 ** (1 / 50))
+    assert r.high == pytest.approx(1 - 0.025 ** (1 / 50))

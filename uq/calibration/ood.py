@@ -31,31 +31,31 @@ ScoreKind = Literal[
 OOD_METRICS = (
     Definition(
         "auroc",
-        "AUROC",
+        "OOD: AUROC",
         "probability that an OOD input gets the higher score; a tie counts one half",
         "higher",
     ),
     Definition(
         "aupr_in",
-        "AUPR-in",
+        "OOD: AUPR-in",
         "average precision of finding the held-out inputs, by low scores",
         "higher",
     ),
     Definition(
         "aupr_out",
-        "AUPR-out",
+        "OOD: AUPR-out",
         "average precision of finding the OOD inputs, by high scores",
         "higher",
     ),
     Definition(
         "fpr_at_95_tpr",
-        "FPR at 95 % TPR",
+        "OOD: FPR at 95 % TPR",
         "share of held-out inputs flagged by the threshold that flags 95 % of the OOD inputs",
         "lower",
     ),
     Definition(
         "detection_error",
-        "detection error",
+        "OOD: detection error",
         "least ½ (share of held-out inputs flagged + share of OOD inputs missed) of any threshold",
         "lower",
     ),

@@ -1,84 +1,261 @@
-"""A report as text and as a page, from its dict."""
+"""A report as text and as Markdown, from its dict; the page is in :mod:`uq.calibration.page`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from uq.calibration.plots import pit_figure, reliability_figure, to_svg
+from uq.calibration.page import render_page
 
-if TYPE_CHECKING:
-    from uq.calibration.definitions import Definition
-
-_WIDTH, _LABEL_WIDTH, _CELL_WIDTH, _METHODS_ACROSS = 100, 31, 17, 4
-_BETTER = {"lower": "lower is better", "higher": "higher is better", "": ""}
-_CAPTIONS = {
-    "classification": (
-        "Accuracy against confidence, and the number of rows in each bin. A calibrated method "
-        "stays within the band in 9 of 10 bins; points outside it are orange. Below the diagonal "
-        "is over-confident."
-    ),
-    "regression": (
-        "Where the targets fall in their predictive distributions. A calibrated method stays "
-        "between the two lines in 9 of 10 bins; other bars are orange. Heaps at both ends are "
-        "over-confident, a heap in the middle is under-confident."
-    ),
+SECTIONS = {
+    "accuracy": "How accurate?",
+    "calibration": "How calibrated?",
+    "sharpness": "How sharp?",
+    "awareness": "Does it know what it does not know?",
+    "comparison": "Compared with what?",
+    "groups": "For which rows?",
 }
+BETTER = {"lower": "lower is better", "higher": "higher is better", "": ""}
+
+# Metrics of groups, as headings of narrow columns.
+_SHORT = {
+    "negative_log_likelihood": "NLL",
+    "accuracy": "Accuracy",
+    "mean_confidence": "Confidence",
+    "expected_calibration_error": "ECE",
+    "crps": "CRPS",
+    "rmse": "RMSE",
+    "coverage_90": "Coverage 90",
+    "width_90": "Width 90",
+}
+_WIDTH, _LABEL_WIDTH, _CELL_WIDTH, _METHODS_ACROSS = 100, 31, 17, 4
+_SIGNIFICANT = 0.05
 
 
-def to_text(data: dict[str, Any], groups: Mapping[str, Sequence[Definition]]) -> str:
-    """Plain-text table of at most 100 columns, methods in blocks of four."""
+@dataclass(frozen=True)
+class Cell:
+    """One number, as texts."""
+
+    value: str
+    half: str = ""
+    interval: str = ""
+    standing: str = ""
+    limit: str = ""
+    beyond_chance: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric: what it is, and a cell for each method or column."""
+
+    label: str
+    definition: str
+    better: str
+    cells: dict[str, Cell]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One of the reader's questions, with its answers in words and numbers."""
+
+    key: str
+    title: str
+    verdicts: list[tuple[str, str]]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """Metrics of the groups of one grouping for one method: a row a group."""
+
+    grouping: str
+    method: str
+    columns: list[str]
+    rows: list[tuple[str, int, list[Cell]]]
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything that is shown, as texts."""
+
+    title: str
+    setting: str
+    summary: str
+    methods: list[str]
+    sections: list[Section]
+    baseline: list[Row]
+    records: list[Row]
+    groups: list[GroupTable]
+    group_findings: list[str]
+    notes: list[tuple[str, str]]
+    interval: str
+    resamples: int
+    versions: str
+
+
+BASELINE = "constant"
+
+
+def view(data: dict[str, Any]) -> View:
+    """Texts of a report from its dict."""
     methods = list(data["methods"])
-    lines = [data["title"], _setting(data), ""]
-    lines += [data["summary"]] if data["summary"] else []
-    lines += [f"{name}: {' '.join(method['verdict'])}" for name, method in data["methods"].items()]
-    lines = [part for line in lines for part in _wrap(line)]
-    for start in range(0, len(methods), _METHODS_ACROSS):
-        block = methods[start : start + _METHODS_ACROSS]
-        lines += ["", " " * _LABEL_WIDTH + "".join(_fit(m, _CELL_WIDTH) for m in block)]
-        for group, definitions in groups.items():
-            lines.append(group)
-            for d in definitions:
-                cells = _cells(data, d)
-                shown = "".join(_fit(_text_cell(cells[m]), _CELL_WIDTH) for m in block)
-                lines.append(f"  {d.label:<{_LABEL_WIDTH - 2}}{shown}")
-    lines += ["", "± half of the 90 % bootstrap interval."]
-    if len(methods) > 1:
+    labels = {d["name"]: d for metrics in data["sections"].values() for d in metrics}
+    sections = [
+        Section(key, title, _verdicts(data, key), _metric_rows(data, data["sections"].get(key, [])))
+        for key, title in SECTIONS.items()
+        if key != "groups"
+    ]
+    return View(
+        title=data["title"],
+        setting=_setting(data),
+        summary=data["summary"],
+        methods=methods,
+        sections=sections,
+        baseline=_baseline_rows(data, labels),
+        records=_records(data, labels) if len(methods) > 1 else [],
+        groups=_group_tables(data, labels),
+        group_findings=data["group_findings"],
+        notes=_notes(data),
+        interval=f"{100 * data['resampling']['interval']:g} %",
+        resamples=data["resampling"]["n_resamples"],
+        versions=" · ".join(f"{name} {number}" for name, number in data["versions"].items()),
+    )
+
+
+def to_html(data: dict[str, Any]) -> str:
+    """Return one self-contained page."""
+    return render_page(data, view(data))
+
+
+# -- text --------------------------------------------------------------------------------------
+
+
+def to_text(data: dict[str, Any]) -> str:
+    """Plain text of at most 100 columns, methods in blocks of four."""
+    v = view(data)
+    lines = [*_wrap(v.title), *_wrap(v.setting)]
+    if v.summary:
+        lines += ["", *_wrap(v.summary)]
+    for section in v.sections:
+        lines += ["", section.title]
+        for name, sentence in section.verdicts:
+            lines += _wrap(f"  {name}: {sentence}")
+        if section.key == "comparison":
+            lines += _text_table(v.baseline, [*v.methods, BASELINE])
+        else:
+            lines += _text_table(section.rows, v.methods)
+    if v.groups:
+        lines += ["", SECTIONS["groups"], *(f"  {line}" for line in _wrapped(v.group_findings))]
+        for table in v.groups:
+            lines += _text_groups(table, len(v.methods) > 1)
+    lines += ["", f"± half of the {v.interval} interval."]
+    if len(v.methods) > 1:
         lines[-1] += " * best, = not distinguishable from the best."
-    lines += [part for key, text in _notes(data) for part in _wrap(f"{key}: {text}")]
+    lines += _wrapped(f"{key}: {text}" for key, text in v.notes)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def to_html(data: dict[str, Any], groups: Mapping[str, Sequence[Definition]]) -> str:
-    """Return one self-contained page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def _text_table(rows: list[Row], columns: list[str]) -> list[str]:
+    lines = []
+    for start in range(0, len(columns) if rows else 0, _METHODS_ACROSS):
+        block = columns[start : start + _METHODS_ACROSS]
+        if len(columns) > 1:
+            lines.append(" " * _LABEL_WIDTH + "".join(_fit(m, _CELL_WIDTH) for m in block))
+        for row in rows:
+            shown = "".join(_fit(_text_cell(row.cells[m]), _CELL_WIDTH) for m in block)
+            lines.append(_fit(f"  {row.label}", _LABEL_WIDTH) + shown)
+    return lines
 
-    environment = Environment(
-        loader=PackageLoader("uq.calibration"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
-        data=data,
-        setting=_setting(data),
-        groups=[
-            (
-                group,
-                [
-                    {"definition": d, "better": _BETTER[d.better], "cells": _cells(data, d)}
-                    for d in definitions
-                ],
-            )
-            for group, definitions in groups.items()
-        ],
-        diagrams=[_diagram(data, i, name) for i, name in enumerate(data["methods"])],
-        caption=_CAPTIONS[data["task"]],
-        notes=_notes(data),
-    )
+
+def _text_groups(table: GroupTable, several: bool) -> list[str]:
+    lines = [f"  {table.grouping}{f', {table.method}' if several else ''}"]
+    width = min(_CELL_WIDTH, (_WIDTH - 26) // len(table.columns))
+    lines.append(f"{'':18}{'rows':>6}  " + "".join(_fit(c, width) for c in table.columns))
+    for label, n, cells in table.rows:
+        numbers = "".join(_fit(cell.value, width) for cell in cells)
+        lines.append(f"  {_fit(label, 16)}{n:>6}  {numbers}")
+    return lines
+
+
+def _text_cell(cell: Cell) -> str:
+    mark = {"best": " *", "tied": " =", "": ""}[cell.standing]
+    if cell.half in ("", "—"):
+        return f"{cell.value}{mark}"
+    return f"{cell.value} ±{cell.half}{mark}"
+
+
+def _wrap(line: str) -> list[str]:
+    return wrap(line, _WIDTH, subsequent_indent="    ") or [""]
+
+
+def _wrapped(lines: Iterable[str]) -> list[str]:
+    return [part for line in lines for part in wrap(line, _WIDTH - 2, subsequent_indent="  ")]
+
+
+def _fit(text: str, width: int) -> str:
+    """Pad to ``width``, or cut to leave a blank at the end."""
+    return text.ljust(width) if len(text) < width else text[: width - 2] + "… "
+
+
+# -- Markdown ----------------------------------------------------------------------------------
+
+
+def to_markdown(data: dict[str, Any]) -> str:
+    """Findings and tables in GitHub's Markdown."""
+    v = view(data)
+    lines = [f"# {_escape(v.title)}", "", _escape(v.setting), ""]
+    lines += [_escape(v.summary), ""] if v.summary else []
+    for section in v.sections:
+        lines += [f"## {section.title}", ""]
+        lines += [f"- **{_escape(name)}**: {_escape(text)}" for name, text in section.verdicts]
+        lines.append("")
+        if section.key == "comparison":
+            lines += _markdown_rows(v.baseline, [*v.methods, BASELINE])
+            if v.records:
+                lines += ["Wins–ties–losses against the other methods:", ""]
+                lines += _markdown_rows(v.records, v.methods)
+        else:
+            lines += _markdown_rows(section.rows, v.methods)
+    if v.groups:
+        lines += [f"## {SECTIONS['groups']}", "", *map(_escape, v.group_findings), ""]
+        for table in v.groups:
+            lines += [f"{_escape(table.grouping)}, {_escape(table.method)}:", ""]
+            body = [[label, str(n), *(c.value for c in cells)] for label, n, cells in table.rows]
+            lines += _markdown_table([table.grouping, "rows", *table.columns], body)
+    lines += [f"Intervals hold {v.interval}.", ""]
+    lines += [f"- {_escape(key)}: {_escape(text)}" for key, text in v.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_rows(rows: list[Row], columns: list[str]) -> list[str]:
+    body = [[row.label, *(_markdown_cell(row.cells[m]) for m in columns)] for row in rows]
+    return _markdown_table(["", *columns], body) if rows else []
+
+
+def _markdown_cell(cell: Cell) -> str:
+    mark = {"best": " **best**", "tied": " ≈ best", "": ""}[cell.standing]
+    interval = f" ({cell.interval})" if cell.half not in ("", "—") else ""
+    return f"{cell.value}{interval}{mark}"
+
+
+def _markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    lines = [head, rule, *body]
+    # Marks of our own are made after a cell is escaped; nothing else is bold.
+    return [*("| " + " | ".join(_escape(t, bold=True) for t in line) + " |" for line in lines), ""]
+
+
+def _escape(text: str, *, bold: bool = False) -> str:
+    for mark in ("\\", "|", "<", "`", *([] if bold else ["*"])):
+        text = text.replace(mark, "&lt;" if mark == "<" else f"\\{mark}")
+    return text.replace("\n", " ")
+
+
+# -- texts of numbers --------------------------------------------------------------------------
 
 
 def _setting(data: dict[str, Any]) -> str:
@@ -99,23 +276,94 @@ def _notes(data: dict[str, Any]) -> list[tuple[str, str]]:
     return [(key, text(value)) for key, value in data["notes"].items()]
 
 
-def _cells(data: dict[str, Any], definition: Definition) -> dict[str, dict[str, str]]:
-    """Texts of one metric by method, all with the same number of decimals."""
-    found = {m: r["estimates"][definition.name] for m, r in data["methods"].items()}
+def _verdicts(data: dict[str, Any], key: str) -> list[tuple[str, str]]:
+    return [
+        (name, m["verdicts"][key]) for name, m in data["methods"].items() if key in m["verdicts"]
+    ]
+
+
+def _metric_rows(data: dict[str, Any], definitions: list[dict[str, str]]) -> list[Row]:
+    return [
+        _row(d, {m: r["estimates"][d["name"]] for m, r in data["methods"].items()})
+        for d in definitions
+    ]
+
+
+def _row(definition: Mapping[str, str], found: Mapping[str, Mapping[str, Any]]) -> Row:
+    """Texts of one metric, all with the same number of decimals."""
+    keys = ("value", "low", "high", "limit")
     numbers = {
-        m: {k: math.nan if e[k] is None else float(e[k]) for k in ("value", "low", "high")}
+        m: {k: math.nan if e.get(k) is None else float(e[k]) for k in keys}
         for m, e in found.items()
     }
     spec = _format(list(numbers.values()))
-    return {
-        m: {
-            "value": _number(n["value"], spec),
-            "half": _number((n["high"] - n["low"]) / 2, spec),
-            "interval": f"{_number(n['low'], spec)} – {_number(n['high'], spec)}",
-            "standing": found[m]["standing"],
-        }
+    cells = {
+        m: Cell(
+            value=_number(n["value"], spec),
+            half=_number((n["high"] - n["low"]) / 2, spec),
+            interval=f"{_number(n['low'], spec)} – {_number(n['high'], spec)}",
+            standing=found[m]["standing"],
+            limit="" if math.isnan(n["limit"]) else _number(n["limit"], spec),
+            beyond_chance=(found[m].get("p_value") or 1.0) < _SIGNIFICANT,
+            note=found[m]["note"],
+        )
         for m, n in numbers.items()
     }
+    return Row(definition["label"], definition["definition"], BETTER[definition["better"]], cells)
+
+
+def _baseline_rows(data: dict[str, Any], labels: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for name, constant in data["baseline"].items():
+        found = {m: r["estimates"][name] for m, r in data["methods"].items()}
+        row = _row(labels[name], found)
+        numbers = [
+            {k: math.nan if e[k] is None else float(e[k]) for k in ("value", "low", "high")}
+            for e in found.values()
+        ]
+        value = math.nan if constant is None else float(constant)
+        cells = {**row.cells, BASELINE: Cell(_number(value, _format(numbers)))}
+        rows.append(Row(row.label, row.definition, row.better, cells))
+    return rows
+
+
+def _records(data: dict[str, Any], labels: Mapping[str, Any]) -> list[Row]:
+    """Wins, ties and losses of each method against the others, by metric."""
+    methods = list(data["methods"])
+    counts: dict[str, dict[str, list[int]]] = {}
+    for d in data["differences"]:
+        record = counts.setdefault(d["metric"], {m: [0, 0, 0] for m in methods})
+        for side in (d["first"], d["second"]):
+            record[side][1 if not d["winner"] else 0 if d["winner"] == side else 2] += 1
+    return [
+        Row(
+            labels[metric]["label"],
+            "wins–ties–losses against the other methods",
+            "",
+            {m: Cell("–".join(map(str, record[m]))) for m in methods},
+        )
+        for metric, record in counts.items()
+    ]
+
+
+def _group_tables(data: dict[str, Any], labels: Mapping[str, Any]) -> list[GroupTable]:
+    tables = []
+    groupings = list(dict.fromkeys(g["grouping"] for g in data["groups"]))
+    for grouping in groupings:
+        groups = [g for g in data["groups"] if g["grouping"] == grouping]
+        metrics = list(next(iter(groups[0]["estimates"].values())))
+        for method in data["methods"]:
+            # One column has one number of decimals, so cells are made metric by metric.
+            columns = [
+                _row(labels[m], {str(i): g["estimates"][method][m] for i, g in enumerate(groups)})
+                for m in metrics
+            ]
+            rows = [
+                (g["label"], g["n"], [c.cells[str(i)] for c in columns])
+                for i, g in enumerate(groups)
+            ]
+            tables.append(GroupTable(grouping, method, [_SHORT[m] for m in metrics], rows))
+    return tables
 
 
 def _format(numbers: list[dict[str, float]]) -> str:
@@ -135,48 +383,3 @@ def _number(x: float, spec: str) -> str:
     if math.isinf(x):
         return "∞" if x > 0 else "−∞"
     return format(x, spec).replace("-", "−")
-
-
-def _text_cell(cell: dict[str, str]) -> str:
-    if cell["half"] == "—":
-        return cell["value"]
-    mark = {"best": " *", "tied": " =", "": ""}[cell["standing"]]
-    return f"{cell['value']} ±{cell['half']}{mark}"
-
-
-def _wrap(line: str) -> list[str]:
-    return wrap(line, _WIDTH, subsequent_indent="    ") or [""]
-
-
-def _fit(text: str, width: int) -> str:
-    """Pad to ``width``, or cut to leave a blank at the end."""
-    return text.ljust(width) if len(text) < width else text[: width - 2] + "… "
-
-
-def _diagram(data: dict[str, Any], number: int, name: str) -> dict[str, Any]:
-    curve = data["methods"][name]["curve"]
-    if data["task"] == "classification":
-        figure, kind = reliability_figure(curve), "Reliability diagram"
-        columns = [
-            ("Rows", "count", "d"),
-            ("Confidence", "confidence", ".3f"),
-            ("Accuracy", "accuracy", ".3f"),
-        ]
-    else:
-        figure, kind = pit_figure(curve), "PIT histogram"
-        columns = [("Targets", "count", "d"), ("Share", "share", ".3f")]
-    columns += [("Band from", "band_low", ".3f"), ("to", "band_high", ".3f")]
-    table = [
-        [f"{curve['left'][i]:.2f} – {curve['right'][i]:.2f}"]
-        + [
-            "—" if curve[key][i] is None else format(curve[key][i], spec)
-            for _, key, spec in columns
-        ]
-        for i in range(len(curve["left"]))
-    ]
-    return {
-        "name": name,
-        "svg": to_svg(figure, f"{kind} of method {number + 1}", f"d{number}"),
-        "head": ["Bin", *(title for title, _, _ in columns)],
-        "table": table,
-    }

@@ -6,13 +6,13 @@ A fault is stated only if a calibrated method would show it in less than one of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 
 import numpy as np
 
-from uq.calibration.bootstrap import Difference, Estimate
+from uq.calibration.bootstrap import Estimate
 from uq.calibration.class_definitions import COVERAGE
 from uq.calibration.curves import binomial_band
+from uq.calibration.grouping import GroupTest, confidence_p_value
 from uq.calibration.real_definitions import COVERAGES, coverage_metric
 from uq.calibration.rows import ClassificationRows, RegressionRows, Rows
 
@@ -44,9 +44,7 @@ def verdicts(
     return said | {"comparison": _against_baseline(found, baseline)}
 
 
-def summary(
-    estimates: Mapping[str, Mapping[str, Estimate]], differences: Sequence[Difference]
-) -> str:
+def summary(estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
     """Which method has the best log score, and which cannot be told from it; "" for one method."""
     if len(estimates) == 1:
         return ""
@@ -62,16 +60,19 @@ def summary(
     return f"{said}; not distinguishable from it: {', '.join(tied)}." if tied else f"{said}."
 
 
-def group_findings(faults: Sequence[tuple[str, str, float, str]], n_tests: int) -> list[str]:
-    """Name the groups whose calibration is off beyond chance, Bonferroni over ``n_tests``.
-
-    ``faults`` are (method, group, p-value, what was seen).
-    """
-    return [
-        f"{method}: {group} — {seen} (p = {p * n_tests:.2g}, for {n_tests} tests)."
-        for method, group, p, seen in faults
-        if p * n_tests <= RISK
+def group_findings(tests: Sequence[GroupTest]) -> list[str]:
+    """Name the groups whose calibration is off beyond chance, Bonferroni over all tests."""
+    n = len(tests)
+    several = len({test.method for test in tests}) > 1
+    found = [
+        f"{f'{t.method}, ' if several else ''}{t.group}: {t.seen} "
+        f"(p = {min(1.0, t.p_value * n):.2g}, corrected for {n} tests)."
+        for t in tests
+        if t.p_value * n <= RISK
     ]
+    if tests and not found:
+        return [f"No group's calibration is off beyond chance ({n} tests)."]
+    return found
 
 
 # -- classification ----------------------------------------------------------------------------
@@ -79,19 +80,17 @@ def group_findings(faults: Sequence[tuple[str, str, float, str]], n_tests: int) 
 
 def _right(found: Mapping[str, Estimate], baseline: Mapping[str, float]) -> str:
     e = found["accuracy"]
-    often = f"Always naming the most frequent class gets {_percent(baseline['accuracy'])}."
-    return f"{_percent(e.value)} of the labels are right ({_range(e, percent=True)}). {often}"
+    often = f"the most frequent class alone would be {_percent(baseline['accuracy'])}"
+    return f"{_percent(e.value)} of the labels are right ({_range(e, percent=True)}); {often}."
 
 
 def _confidence(rows: ClassificationRows, found: Mapping[str, Estimate]) -> str:
     p = rows.confidence
     gap = float((p - rows.correct).mean())
-    errors = NormalDist().inv_cdf(1 - RISK / 2)
-    noise = errors * float(np.sqrt((p * (1 - p)).clip(min=0).sum())) / len(p)
     numbers = f"accuracy {rows.correct.mean():.3f} at mean confidence {p.mean():.3f}"
     e = found["expected_calibration_error"]
     tested = f"ECE {e.value:.3f}, a calibrated method stays below {e.limit:.3f}"
-    if abs(gap) > noise + 1e-12:
+    if confidence_p_value(rows) < RISK:
         finding = "over-confident" if gap > 0 else "under-confident"
         return f"{_graded(finding, gap)}: {numbers} ({tested})."
     p_value = 1.0 if e.p_value is None else e.p_value
