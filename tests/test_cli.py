@@ -107,6 +107,19 @@ def test_compare_a_file_as_json(capsys):
     assert json.loads(capsys.readouterr().out)["title"] == "flats"
 
 
+def test_groups_are_columns_and_numbers_go_by_quarters(capsys):
+    argv = ["compare", "flats.csv", "--target", "price", "--methods", "map", "--json", "--quiet"]
+    assert main([*argv, "--max-epochs", "1", "--groups", "city,size"]) == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    table = pd.read_csv("flats.csv")
+    cities = [g["label"] for g in groups if g["grouping"] == "city"]
+    assert set(cities) <= {*map(str, table["city"].dropna().unique()), "missing"}
+    assert len([g for g in groups if g["grouping"] == "size"]) == 4
+    code, line = _error(capsys, *argv, "--groups", "colour")
+    assert code == 1
+    assert "--groups: flats has no column 'colour'; it has" in line
+
+
 def test_targets_of_every_dtype(capsys):
     X = pd.read_csv("sold.csv")[["size"]]
     positive = (X["size"] > 0).rename("y")

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from uq.distributions import Predictive
 
 
+_GROUP_VALUES = 10  # distinct numbers that are groups as they are
+
+
 class UsageError(UQError):
     """The command line itself is wrong; nothing was started."""
 
@@ -177,6 +180,9 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 def _add_report(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {default}")
     parser.add_argument("--ood", metavar="FILE", help="table of out-of-distribution rows")
+    parser.add_argument(
+        "--groups", metavar="A,B", help="columns by which to group rows; numbers go by quarters"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
@@ -210,6 +216,7 @@ def _compare(args: argparse.Namespace) -> None:
     data = _open(args)
     out = _folder(args.out or Path("reports") / data.name)
     ood = _ood(args.ood, data)
+    groups = _groups(args.groups, data)
     from uq import calibration
     from uq.data import DATASETS, split_rows
 
@@ -251,7 +258,12 @@ def _compare(args: argparse.Namespace) -> None:
         **({} if ood is None else {"out of distribution": args.ood or data.ood_name}),
     }
     report = calibration.compare(
-        dists, y_test.to_numpy(), ood=ood_dists or None, title=data.name, notes=notes
+        dists,
+        y_test.to_numpy(),
+        ood=ood_dists or None,
+        groups=None if groups is None else groups.loc[y_test.index],
+        title=data.name,
+        notes=notes,
     )
     _publish(report, out, as_json=args.json)
 
@@ -276,11 +288,11 @@ def _predict(args: argparse.Namespace) -> None:
         if args.out.suffix.lower() not in (".csv", ".parquet"):
             raise UsageError(f"--out must end in .csv or .parquet, got {args.out}")
         _check_file(args.out)
-    from uq.distributions import CategoricalMixture
+    from uq.distributions import ClassPredictive
     from uq.files import write_atomically
 
     dist = _load(args.model).predict_distribution(_features(args.data))
-    labels = isinstance(dist, CategoricalMixture)
+    labels = isinstance(dist, ClassPredictive)
     frame = _label_frame(dist) if labels else _number_frame(dist, args.coverage)
     # Row labels are worth a column; a plain count of the rows is not.
     named = dist.index is not None and not _is_row_number(dist.index)
@@ -303,10 +315,12 @@ def _report(args: argparse.Namespace) -> None:
     name = Path(args.model).stem
     out = _folder(args.out or Path("reports") / name)
     ood = _ood(args.ood, data)
+    groups = _groups(args.groups, data)
     report = calibration.report(
         model.predict_distribution(data.X),
         data.y.to_numpy(),
         ood=None if ood is None else model.predict_distribution(ood),
+        groups=groups,
         name=name,
         title=f"{name} on {data.name}",
         notes={
@@ -439,6 +453,26 @@ def _ood(source: str | None, data: Dataset) -> pd.DataFrame | None:
     absent = [name for name in data.X.columns if name not in frame.columns]
     if absent:  # said before the fits rather than after the first
         raise DataError(f"{source}: there is no column {absent[0]!r}, which {data.name} has.")
+    return frame
+
+
+def _groups(names: str | None, data: Dataset) -> pd.DataFrame | None:
+    """Columns that group the rows; numbers of many values by quarters."""
+    if names is None:
+        return None
+    import pandas as pd
+
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    absent = [name for name in chosen if name not in data.X]
+    if absent:
+        raise DataError(
+            f"--groups: {data.name} has no column {absent[0]!r}; it has "
+            f"{', '.join(map(str, data.X.columns))}."
+        )
+    frame = data.X[chosen].copy()
+    for name in chosen:
+        if pd.api.types.is_numeric_dtype(frame[name]) and frame[name].nunique() > _GROUP_VALUES:
+            frame[name] = pd.qcut(frame[name], 4, duplicates="drop", precision=3)
     return frame
 
 
