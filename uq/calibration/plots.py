@@ -274,7 +274,10 @@ def _figure(width: float, height: float, heights: tuple[float, ...]) -> tuple[Fi
 
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(len(heights), squeeze=False, gridspec_kw={"height_ratios": heights})
-    figure.subplots_adjust(left=0.17, right=0.96, top=0.96, bottom=0.5 / height, hspace=0.09)
+    if len(heights) == 1:
+        figure.set_layout_engine("constrained")  # numbers of any width beside the axis
+    else:
+        figure.subplots_adjust(left=0.17, right=0.96, top=0.97, bottom=0.5 / height, hspace=0.09)
     for ax in axes[:, 0]:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(COLOURS["line"])

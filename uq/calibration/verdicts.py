@@ -5,10 +5,14 @@ A fault is stated only if a calibrated method would show it in less than one of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from uq.calibration.baseline import constant_losses
 from uq.calibration.bootstrap import Estimate
 from uq.calibration.class_definitions import COVERAGE
 from uq.calibration.curves import binomial_band
@@ -16,7 +20,13 @@ from uq.calibration.grouping import GroupTest, confidence_p_value
 from uq.calibration.real_definitions import COVERAGES, coverage_metric
 from uq.calibration.rows import ClassificationRows, RegressionRows, Rows
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
 RISK = 0.05
+_NORMAL = NormalDist().inv_cdf(1 - RISK / 2)
 _FEW = 30
 _SLIGHT = 0.02  # a difference in probability that is real but hardly matters
 
@@ -41,7 +51,7 @@ def verdicts(
         }
     if "auroc" in found:
         said["awareness"] += " " + _ood(found["auroc"])
-    return said | {"comparison": _against_baseline(found, baseline)}
+    return said | {"comparison": _against_baseline(rows, found, baseline)}
 
 
 def summary(estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
@@ -202,16 +212,20 @@ def _ood(auroc: Estimate) -> str:
     return f"Does not tell OOD inputs from held-out ones: {number}."
 
 
-def _against_baseline(found: Mapping[str, Estimate], baseline: Mapping[str, float]) -> str:
-    name, unit = "negative_log_likelihood", " nats"
+def _against_baseline(
+    rows: Rows, found: Mapping[str, Estimate], baseline: Mapping[str, float]
+) -> str:
+    name, label, unit = "negative_log_likelihood", "log score", " nats"
+    losses: Floats = rows.neg_log
     if np.isnan(found[name].value):
-        name, unit = "crps", ""
-    e, constant = found[name], baseline[name]
-    label = "log score" if name != "crps" else "CRPS"
-    numbers = f"{label} {e.value:.4g}{unit} against {constant:.4g}"
-    if e.high < constant:
+        name, label, unit = "crps", "CRPS", ""
+        losses = rows.crps.mean(1) if isinstance(rows, RegressionRows) else losses
+    numbers = f"{label} {found[name].value:.4g}{unit} against {baseline[name]:.4g}"
+    gain = constant_losses(rows)[name] - losses
+    noise = _NORMAL * float(gain.std()) / math.sqrt(len(gain)) if np.isfinite(gain).all() else 0.0
+    if gain.mean() > noise:
         return f"Better than one constant prediction for all rows: {numbers}."
-    if e.low > constant:
+    if gain.mean() < -noise:
         return f"Worse than one constant prediction for all rows: {numbers}."
     return f"Not distinguishable from one constant prediction for all rows: {numbers}."
 
