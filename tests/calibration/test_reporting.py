@@ -30,7 +30,14 @@ from uq.calibration.curves import coverage_curve, pit_curve, reliability_curve, 
 from uq.calibration.grouping import confidence_p_value
 from uq.calibration.plots import reliability_figure, to_svg
 from uq.calibration.rows import ClassificationRows, Names, RegressionRows
-from uq.distributions import CategoricalMixture, NormalMixture, Parametric
+from uq.distributions import (
+    CategoricalMixture,
+    DirichletCategorical,
+    Empirical,
+    NormalMixture,
+    Parametric,
+    Recalibrated,
+)
 from uq.errors import DataError, LoadError, ParameterError, SaveError
 
 N, K = 400, 4
@@ -276,8 +283,6 @@ def test_the_constant_prediction_of_targets_by_its_definition():
 def test_predictions_without_a_density_are_judged_by_crps():
     d = Parametric(torch.distributions.Normal(torch.as_tensor(CENTRE), 0.5))
     draws = d.sample((200,), generator=torch.Generator().manual_seed(0))
-    from uq.distributions import Empirical
-
     r = compare({"draws": Empirical(draws), "exact": d}, Y_REAL)
     e = r.methods["draws"].estimates["negative_log_likelihood"]
     assert np.isnan(e.value)
@@ -671,6 +676,53 @@ def test_labels_in_another_order_are_noticed():
     with pytest.raises(DataError, match="report: y and prediction hold the same rows in different"):
         report(d, y[::-1])
     assert report(d, y[::-1].to_numpy()).n == N
+
+
+def _every_kind():
+    """A prediction of each class of distribution, and labels."""
+    normal = torch.distributions.Normal
+    two = NormalMixture(torch.as_tensor(np.stack([CENTRE, CENTRE], -1)[None]), torch.tensor(0.5))
+    y2 = np.stack([Y_REAL, Y_REAL], 1)
+    draws = torch.as_tensor(CENTRE + 0.5 * np.random.default_rng(2).standard_normal((50, N)))
+    student = torch.distributions.StudentT(5.0, torch.as_tensor(CENTRE), 0.5)
+    knots = [0, 0.1, 0.9, 1], [0, 0.2, 0.8, 1]
+    evidence = DirichletCategorical(1 + torch.as_tensor(TRUTH).exp(), classes=LABELS)
+    return {
+        "two outputs": (two, y2),
+        "joint": (two.joint(), y2),
+        "draws": (Empirical(draws), Y_REAL),
+        "joint draws": (Empirical(torch.stack([draws, draws], -1)), y2),
+        "Normal": (Parametric(normal(torch.as_tensor(CENTRE), 0.5)), Y_REAL),
+        "Student": (Parametric(student), Y_REAL),
+        "recalibrated": (Recalibrated(regressor(), *knots), Y_REAL),
+        "evidence": (evidence, Y_CLASS),
+    }
+
+
+@pytest.mark.parametrize("kind", _every_kind())
+def test_every_kind_of_prediction_is_reported(kind):
+    d, y = _every_kind()[kind]
+    r = report(d, y, ood=d[:50], groups=SITE)
+    assert Report.from_dict(r.to_dict()).to_html() == r.to_html()
+    values = r.to_frame().iloc[0]
+    allowed = {"negative_log_likelihood", "mean_epistemic"}  # of draws, of a single parameter
+    assert set(values.index[values.isna()]) <= allowed
+    assert all(e.note for e in r.methods["model"].estimates.values() if np.isnan(e.value))
+    assert r.to_markdown().count("## ") == 6
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_degenerate_data_give_a_report(n):
+    """One row, one class, constant targets, all the same prediction: values or a reason."""
+    flat = NormalMixture(torch.zeros(1, n), torch.tensor(1.0))
+    unsure = CategoricalMixture(torch.zeros(1, n, 2))
+    sure = CategoricalMixture(torch.tensor([[[30.0, 0.0]] * n]))
+    for d, y in ((flat, [0.0] * n), (unsure, [0] * n), (sure, [0] * n)):
+        r = report(d, y, ood=d, groups=["a"] * n)
+        assert "nan" not in str(r).lower()
+        assert Report.from_dict(r.to_dict()).to_html() == r.to_html()
+        for e in r.methods["model"].estimates.values():
+            assert e.note or not np.isnan(e.value)
 
 
 def test_bare_probabilities_are_enough():

@@ -259,9 +259,12 @@ def _escape(text: str, *, bold: bool = False) -> str:
 
 
 def _setting(data: dict[str, Any]) -> str:
-    parts = [data["task"].capitalize(), f"{data['n']:,} held-out rows"]
+    def rows(n: int, kind: str) -> str:
+        return f"{n:,} {kind} row{'s' * (n != 1)}"
+
+    parts = [data["task"].capitalize(), rows(data["n"], "held-out")]
     if data["n_ood"]:
-        parts.append(f"{data['n_ood']:,} OOD rows scored by {data['ood_score']}")
+        parts.append(f"{rows(data['n_ood'], 'OOD')} scored by {data['ood_score']}")
     return ", ".join(parts)
 
 

@@ -99,7 +99,9 @@ def _confidence(rows: ClassificationRows, found: Mapping[str, Estimate]) -> str:
     gap = float((p - rows.correct).mean())
     numbers = f"accuracy {rows.correct.mean():.3f} at mean confidence {p.mean():.3f}"
     e = found["expected_calibration_error"]
-    tested = f"ECE {e.value:.3f}, a calibrated method stays below {e.limit:.3f}"
+    tested = f"ECE {e.value:.3f}"
+    if e.limit is not None:  # one row alone tests nothing
+        tested += f", a calibrated method stays below {e.limit:.3f}"
     if confidence_p_value(rows) < RISK:
         finding = "over-confident" if gap > 0 else "under-confident"
         return f"{_graded(finding, gap)}: {numbers} ({tested})."
@@ -109,7 +111,7 @@ def _confidence(rows: ClassificationRows, found: Mapping[str, Estimate]) -> str:
             f"Confidence is right on average ({numbers}), but not at every level: {tested} "
             f"(p = {p_value:.2g})."
         )
-    few = f", but {len(p)} rows are few" if len(p) < _FEW else ""
+    few = f", but {_few(len(p))}" if len(p) < _FEW else ""
     return f"Confidence matches accuracy: {numbers}; {tested}{few}."
 
 
@@ -161,7 +163,7 @@ def _coverage(rows: RegressionRows, found: Mapping[str, Estimate]) -> str:
             off.append((np.inf if level == 0.9 else distance, level, share))
     if not off:
         if n < _FEW:
-            return f"{_holds(0.9, held[0.9])}: nothing against it, but {n} rows are few."
+            return f"{_holds(0.9, held[0.9])}: nothing against it, but {_few(n)}."
         return f"{_holds(0.9, held[0.9])}: within chance of right, like the other levels."
     _, level, share = max(off)
     finding = _graded("too narrow" if share < level else "too wide", share - level).lower()
@@ -232,6 +234,10 @@ def _against_baseline(
 
 def _graded(finding: str, by: float) -> str:
     return f"Slightly {finding}" if abs(by) < _SLIGHT else finding.capitalize()
+
+
+def _few(n: int) -> str:
+    return "one row says little" if n == 1 else f"{n} rows are few"
 
 
 def _percent(share: float) -> str:

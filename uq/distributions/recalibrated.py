@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
 from uq.distributions.base import RealPredictive, check_levels
 from uq.errors import DataError, ParameterError
@@ -106,7 +105,7 @@ class Recalibrated(RealPredictive):
     # -- shape -------------------------------------------------------------------------------
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> Any:
         """Support of the base."""
         return self.base.support
 
