@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # Loaded on first use (PEP 562): `import uq` costs nothing until something is asked of it.
 _EXPORTS = {
     "Calibrated": "uq.models.calibrated",
+    "Conformal": "uq.models.conformal",
     "EnsembleClassifier": "uq.models.ensemble",
     "EnsembleRegressor": "uq.models.ensemble",
     "IVONClassifier": "uq.models.ivon",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from uq.errors import UQError as UQError
     from uq.io import load as load
     from uq.models.calibrated import Calibrated as Calibrated
+    from uq.models.conformal import Conformal as Conformal
     from uq.models.ensemble import EnsembleClassifier as EnsembleClassifier
     from uq.models.ensemble import EnsembleRegressor as EnsembleRegressor
     from uq.models.ivon import IVONClassifier as IVONClassifier

@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 
-from uq.errors import ModelFileError, ParameterError
+from uq.errors import LoadError, ParameterError
 from uq.files import write_atomically
 from uq.inference.training import isolated_rng
 from uq.models.registry import METHODS
@@ -32,6 +32,9 @@ _CLASSES: dict[str, str] = {
 } | {
     "BetaCalibration": "uq.calibration",
     "Calibrated": "uq.models.calibrated",
+    "Conformal": "uq.models.conformal",
+    "ConformalIntervals": "uq.calibration",
+    "ConformalSets": "uq.calibration",
     "EvidenceScaling": "uq.calibration",
     "HistogramBinning": "uq.calibration",
     "IsotonicCalibration": "uq.calibration",
@@ -93,7 +96,7 @@ def load(path: str | Path, *, module: Any = None) -> Any:
     ------
     FileNotFoundError
         If there is no such file.
-    ModelFileError
+    LoadError
         If the file is damaged, is not a uq model, comes from a newer version, or does not fit
         ``module``.
 
@@ -116,26 +119,26 @@ def load(path: str | Path, *, module: Any = None) -> Any:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if "uq" not in metadata:
-                raise ModelFileError(
+                raise LoadError(
                     f"{str(path)!r} is a safetensors file, but not a model saved by uq."
                 )
             header = json.loads(metadata["uq"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
-        raise ModelFileError(f"{str(path)!r} is not a uq model, or is damaged: {error}") from error
+        raise LoadError(f"{str(path)!r} is not a uq model, or is damaged: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ModelFileError(f"{str(path)!r} is a safetensors file, but not a model saved by uq.")
+        raise LoadError(f"{str(path)!r} is a safetensors file, but not a model saved by uq.")
     if header.get("version") != FORMAT_VERSION:
-        raise ModelFileError(
+        raise LoadError(
             f"{str(path)!r} has format version {header.get('version')!r}; this uq reads "
             f"{FORMAT_VERSION}. It was written by uq {header.get('uq')}; install that version."
         )
     try:
         model = _Reader(tensors, module).decode(header["model"])
         if not isinstance(model, BaseEstimator):
-            raise ModelFileError(f"{str(path)!r} does not hold a model.")
+            raise LoadError(f"{str(path)!r} does not hold a model.")
         return model
-    except ModelFileError:
+    except LoadError:
         raise
     except (
         LookupError,
@@ -146,7 +149,7 @@ def load(path: str | Path, *, module: Any = None) -> Any:
         ArithmeticError,
         MemoryError,
     ) as error:
-        raise ModelFileError(
+        raise LoadError(
             f"{str(path)!r} does not hold a usable model: {type(error).__name__}: {error}"
         ) from error
 
@@ -246,16 +249,16 @@ class _Reader:
             return self.tensors[value].numpy()
         if kind == "tensor":
             return self.tensors[value]
-        raise ModelFileError(f"unknown entry {kind!r} in the model file.")
+        raise LoadError(f"unknown entry {kind!r} in the model file.")
 
     def _estimator(self, node: dict[str, Any]) -> Any:
         name = node["class"]
         if name not in _CLASSES:
-            raise ModelFileError(f"the file holds a {name!r}, which this uq does not know.")
+            raise LoadError(f"the file holds a {name!r}, which this uq does not know.")
         params = {k: self.decode(v) for k, v in node["params"].items()}
         if node["needs_module"]:
             if self.module is None:
-                raise ModelFileError(
+                raise LoadError(
                     f"this {name} was fitted with module=, and code is never stored in a file; "
                     "pass the network: uq.load(path, module=...)."
                 )
@@ -265,7 +268,7 @@ class _Reader:
         posterior = None
         for key, value in node["fitted"].items():
             if not _is_fitted_name(key) or hasattr(cls, key):
-                raise ModelFileError(f"the file sets {key!r}, which is not a fitted attribute.")
+                raise LoadError(f"the file sets {key!r}, which is not a fitted attribute.")
             if isinstance(value, dict) and "module" in value:
                 posterior = key, value["module"]
             else:
@@ -283,7 +286,7 @@ class _Reader:
             model.params_ = model.get_params(deep=False)
             fields = (f.name for f in dataclasses.fields(cls) if not f.init)
             if missing := [f for f in fields if not hasattr(model, f)]:
-                raise ModelFileError(f"the file lacks {', '.join(missing)} of the {name}.")
+                raise LoadError(f"the file lacks {', '.join(missing)} of the {name}.")
         return model
 
 

@@ -1,5 +1,6 @@
 """Are the predicted probabilities right? Metrics, out-of-distribution detection, reports."""
 
+from uq.calibration import scorers
 from uq.calibration.class_metrics import (
     accuracy,
     accuracy_at_coverage,
@@ -19,6 +20,8 @@ from uq.calibration.class_metrics import (
     risk_coverage_curve,
     smooth_calibration_error,
 )
+from uq.calibration.conformal_classes import ConformalSets
+from uq.calibration.conformal_real import ConformalIntervals
 from uq.calibration.detectors import (
     MahalanobisDetector,
     NearestNeighboursDetector,
@@ -59,6 +62,8 @@ from uq.calibration.reporting import Report, compare, report
 
 __all__ = [
     "BetaCalibration",
+    "ConformalIntervals",
+    "ConformalSets",
     "EvidenceScaling",
     "HistogramBinning",
     "IsotonicCalibration",
@@ -111,6 +116,7 @@ __all__ = [
     "risk_coverage_curve",
     "rmse",
     "roc_curve",
+    "scorers",
     "sharpness",
     "smooth_calibration_error",
     "uncertainty_calibration_error",
