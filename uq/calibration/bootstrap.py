@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from uq.calibration.definitions import Definition, MeanMetric, Metric, OneHot, weighted_means
+from uq.calibration.definitions import (
+    Definition,
+    MeanMetric,
+    Metric,
+    OneHot,
+    RankMetric,
+    weighted_means,
+)
 from uq.calibration.ood import ScoreGroups
+from uq.calibration.ranking import MAX_GROUPS
 from uq.calibration.rows import RegressionRows, Rows
 from uq.errors import ParameterError
 
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-_BLOCK_ELEMENTS = 1 << 19  # weights held at a time: small enough for the cache
+_BLOCK_ELEMENTS = 1 << 20  # weights held at a time: small enough for the cache
 _NULL_ELEMENTS = 20_000_000
 _NULL_DRAWS = 200
 
@@ -125,36 +133,53 @@ def sample_metrics(
 
 
 class _Evaluator:
-    """All metrics of one method under any weights, with one product for what is linear in them."""
+    """All metrics of one method under any weights, by one dense and one sparse product."""
 
     def __init__(self, rows: Rows, metrics: Sequence[Metric]) -> None:
-        self._rows, self._metrics = rows, metrics
+        from scipy.sparse import csr_array, vstack
+
+        self._metrics = metrics
         ones = np.ones(len(rows.y))
-        columns = {
-            j: m.columns(rows, ones) for j, m in enumerate(metrics) if isinstance(m, MeanMetric)
+        self._dense, self._parts = np.empty((len(ones), 0)), {}
+        sparse = [csr_array((0, len(ones)))]
+        n_sparse = 0
+        for j, metric in enumerate(metrics):
+            if not isinstance(metric, MeanMetric):
+                continue
+            columns = metric.columns(rows, ones)
+            self._parts[j] = []
+            for part in columns if isinstance(columns, tuple) else (columns,):
+                if isinstance(part, OneHot):
+                    sparse.append(part.matrix)
+                    width, start = part.matrix.shape[0], n_sparse
+                    n_sparse += width
+                else:
+                    width, start = part.shape[1], self._dense.shape[1]
+                    self._dense = np.concatenate([self._dense, part], axis=1)
+                self._parts[j].append((isinstance(part, OneHot), slice(start, start + width)))
+        self._sparse = vstack(sparse, format="csr")
+        ranked = {j: m for j, m in enumerate(metrics) if isinstance(m, RankMetric)}
+        self._ranking = rows.ranking.coarse(MAX_GROUPS) if ranked else None
+        # What merging rows of nearly equal confidence takes from the value is given back.
+        self._lost = {
+            j: m.value(rows, ones) - float(m.statistic(self._ranking.under(ones[None]))[0])
+            for j, m in ranked.items()
         }
-        self._sparse = {j: c for j, c in columns.items() if isinstance(c, OneHot)}
-        dense = {j: c for j, c in columns.items() if not isinstance(c, OneHot)}
-        self._dense = np.concatenate([*dense.values(), np.empty((len(ones), 0))], axis=1)
-        ends = np.cumsum([0, *(c.shape[1] for c in dense.values())])
-        self._slices = {j: slice(a, b) for j, a, b in zip(dense, ends[:-1], ends[1:], strict=True)}
 
     def __call__(self, weight: Floats) -> Floats:
         """Values (R, metrics) under weights (R, n)."""
-        dense = weighted_means(weight, self._dense)
-        ranking = None
         total = float(weight.shape[1])
+        dense = weighted_means(weight, self._dense)
+        sparse = (self._sparse @ np.ascontiguousarray(weight.T)).T / total
+        ranked = None if self._ranking is None else self._ranking.under(weight)
         found = []
         for j, metric in enumerate(self._metrics):
-            if isinstance(metric, MeanMetric):
-                sparse = self._sparse.get(j)
-                means = (
-                    dense[:, self._slices[j]] if sparse is None else weighted_means(weight, sparse)
-                )
+            if isinstance(metric, RankMetric):
+                found.append(metric.statistic(ranked) + self._lost[j])
+            elif isinstance(metric, MeanMetric):
+                parts = [(sparse if s else dense)[:, at] for s, at in self._parts[j]]
+                means = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
                 found.append(metric.finish(means, total))
-            else:
-                ranking = ranking or self._rows.ranking.under(weight)
-                found.append(metric.statistic(ranking))  # type: ignore[attr-defined]
         return np.stack(found, axis=-1)
 
 

@@ -17,6 +17,7 @@ from uq.calibration.definitions import (
     mean_of,
     ratio,
 )
+from uq.calibration.ranking import MAX_GROUPS
 from uq.calibration.rows import ClassificationRows
 
 if TYPE_CHECKING:
@@ -196,12 +197,9 @@ SMOOTH = MeanMetric(
 
 
 def _mmce_null(rows: ClassificationRows, rng: np.random.Generator, n_draws: int) -> Floats:
-    ranking = rows.ranking
+    ranking = rows.ranking.coarse(MAX_GROUPS)
     return np.concatenate(
-        [
-            ranking.with_risk(1 - correct).mmce()
-            for correct in draw_correct(ranking.confidence, rng, n_draws)
-        ]
+        [ranking.gaps(correct).mmce() for correct in draw_correct(rows.confidence, rng, n_draws)]
     )
 
 
@@ -229,10 +227,15 @@ def classwise_metric(n_bins: int = N_BINS) -> MeanMetric:
         p = rows.probs.astype(np.float64)
         gaps = -p
         gaps[np.arange(len(p)), rows.y] += 1
-        return OneHot(index(p), n_bins * p.shape[1], [gaps])
+        # Most probabilities are in the first bin, which is what the others leave of the total.
+        return gaps, OneHot(index(p), n_bins * p.shape[1], [np.where(p * n_bins < 1, 0.0, gaps)])
 
     def finish(means: Floats, total: float) -> Floats:
-        return n_bins * np.abs(means).sum(-1) / means.shape[-1]
+        n_classes = means.shape[-1] // (n_bins + 1)
+        whole = means[..., :n_classes]
+        bins = means[..., n_classes:].reshape(*whole.shape, n_bins)
+        first = whole - bins.sum(-1)
+        return (np.abs(bins).sum(-1) + np.abs(first)).mean(-1)
 
     def null(rows: ClassificationRows, rng: np.random.Generator, n_draws: int) -> Floats:
         p = rows.probs.astype(np.float64)
@@ -244,7 +247,9 @@ def classwise_metric(n_bins: int = N_BINS) -> MeanMetric:
         for i in range(n_draws):
             drawn = (rng.random((n, 1)) >= limits).sum(1)
             counts[i] = np.bincount(place[np.arange(n), drawn], minlength=size)
-        return finish((counts - expected) / n, float(n))
+        gaps = ((counts - expected) / n).reshape(n_draws, p.shape[1], n_bins)
+        error: Floats = np.abs(gaps).sum(-1).mean(-1)
+        return error
 
     return MeanMetric(
         "classwise_calibration_error",
@@ -273,14 +278,14 @@ AURC = RankMetric(
     "AURC",
     "mean over k of the risk among the k most confident rows",
     "lower",
-    statistic=lambda ranking: ranking.aurc(),
+    statistic=lambda ranking: ranking.aurc,
 )
 EXCESS_AURC = RankMetric(
     "excess_aurc",
     "Excess AURC",
     "AURC less that of an order with all errors last",
     "lower",
-    statistic=lambda ranking: ranking.aurc() - ranking.best_aurc(),
+    statistic=lambda ranking: ranking.aurc - ranking.best_aurc(),
 )
 AUGRC = RankMetric(
     "augrc",

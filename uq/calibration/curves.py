@@ -92,7 +92,7 @@ def coverage_curve(rows: RegressionRows) -> Curve:
 
 def risk_coverage(rows: Rows) -> Curve:
     """Error rate (classes) or RMSE (targets) among the most confident rows, by their share."""
-    ranking = rows.ranking
+    ranking = rows.ranking.under(np.ones((1, len(rows.y))))
     coverage = ranking.mass[0] / ranking.mass[0, -1]
     risk = ranking.loss[0] / ranking.mass[0]
     if isinstance(rows, RegressionRows):

@@ -5,8 +5,8 @@ Nearly every metric is a function of weighted means over rows,
     value(w) = finish( Σ_i w_i c_i / Σ_i w_i ),    c_i = columns of row i,
 
 so that sample weights cost nothing and all resamples of a bootstrap are one matrix product. Bins
-are columns that are mostly zero, kept sparse. Metrics of a ranking of the rows take their weights
-in the order of the ranking instead.
+are columns that are mostly zero, kept sparse; so are the groups of rows of equal confidence, whose
+sums are all that metrics of a ranking need.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from uq.calibration.ranking import Ranking
+    from uq.calibration.ranking import Ranked
     from uq.calibration.rows import ClassificationRows, Rows
 
     Floats = NDArray[np.float64]
 
 Finish = Callable[[Any, float], Any]
-Columns = Any  # (n, c): an array, or a OneHot
+Columns = Any  # (n, c): an array, a OneHot, or a tuple of both side by side
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class MeanMetric(Metric):
     Parameters
     ----------
     columns : callable
-        Maps rows and their weights (which may set bins) to an array or a OneHot (n, c).
+        Maps rows and their weights (which may set bins) to an array or a OneHot (n, c), or a tuple
+        of these, side by side.
     finish : callable
         Maps weighted means (..., c) and the sum of the weights to values (...).
     share : bool
@@ -90,9 +91,9 @@ class MeanMetric(Metric):
 
 @dataclass(frozen=True)
 class RankMetric(Metric):
-    """A metric of how rows rank by confidence, as a function of a :class:`Ranking`."""
+    """A metric of how rows rank by confidence, as a function of :class:`Ranked` groups."""
 
-    statistic: Callable[[Ranking], Floats] = lambda ranking: np.zeros(1)
+    statistic: Callable[[Ranked], Floats] = lambda ranking: np.zeros(1)
 
     def value(self, rows: Rows, weight: Floats) -> float:
         """Value under row weights of shape (n,)."""
@@ -101,6 +102,8 @@ class RankMetric(Metric):
 
 def weighted_means(weights: Floats, columns: Columns) -> Floats:
     """Means (R, c) of ``columns`` (n, c) under ``weights`` (R, n); inf counts where w > 0."""
+    if isinstance(columns, tuple):
+        return np.concatenate([weighted_means(weights, part) for part in columns], -1)
     total = weights.sum(-1, keepdims=True)
     if isinstance(columns, OneHot):
         means: Floats = columns.sums(weights) / total
@@ -151,7 +154,7 @@ class OneHot:
     def sums(self, weights: Floats) -> Floats:
         """Sums (R, columns) under ``weights`` (R, n)."""
         if len(weights) > 2:
-            return np.asarray(self._sparse @ np.ascontiguousarray(weights.T)).T
+            return np.asarray(self.matrix @ np.ascontiguousarray(weights.T)).T
         shaped = weights.reshape(*weights.shape, *(1,) * (self.bins.ndim - 1))
         flat = self.bins.ravel()
 
@@ -161,15 +164,18 @@ class OneHot:
         return np.array([np.concatenate([sums(w * v) for v in self.values]) for w in shaped])
 
     @cached_property
-    def _sparse(self) -> Any:
+    def matrix(self) -> Any:
+        """The columns as a sparse matrix, transposed: (columns, n)."""
         from scipy.sparse import csc_array, vstack
 
         n, k = len(self.bins), self.bins.size // max(len(self.bins), 1)
         starts, flat = np.arange(0, n * k + 1, k), self.bins.ravel()
-        blocks = [
-            csc_array((v.astype(np.float64).ravel(), flat, starts), shape=(self.n_bins, n)).tocsr()
-            for v in self.values
-        ]
+        blocks = []
+        for v in self.values:
+            columns = csc_array((v.astype(np.float64).ravel(), flat, starts), (self.n_bins, n))
+            rows = columns.tocsr()
+            rows.eliminate_zeros()
+            blocks.append(rows)
         return vstack(blocks, format="csr")
 
 

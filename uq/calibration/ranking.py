@@ -1,81 +1,113 @@
 """Rows ranked by confidence, under any weights: selective prediction and ranking of errors.
 
-Ties stand in random order, so every statistic is its mean over the orders of equal confidences.
-With weights, a row of weight w is w rows.
+Rows of equal confidence stand in random order, so every statistic is its mean over the orders of
+the groups that they make, and needs no more than the sums over each group. With weights, a row of
+weight w is w rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from uq.calibration.definitions import OneHot
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
 
+KERNEL_WIDTH = 0.4
+MAX_GROUPS = 4096  # groups beyond which resamples merge neighbours: exact to 1/4096 of a rank
+
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Rows from the most to the least confident.
+    """Rows in groups of equal confidence.
 
     Parameters
     ----------
-    order : ndarray of shape (n,)
-        Positions of the rows.
-    confidence : ndarray of shape (n,)
-        Confidence in that order, falling.
-    risk : ndarray of shape (n,) or (R, n)
-        Loss of each row in that order; 0 or 1 for classes.
-    weight : ndarray of shape (R, n)
-        Weights in that order, a line for each weighting.
+    levels : ndarray of shape (G,)
+        Confidence of each group, falling.
+    group : ndarray of shape (n,)
+        Group of each row.
+    risk : ndarray of shape (n,)
+        Loss of each row; 0 or 1 for classes.
     """
 
-    order: NDArray[np.int64]
-    confidence: Floats
+    levels: Floats
+    group: NDArray[np.int64]
     risk: Floats
-    weight: Floats
 
     @classmethod
     def of(cls, confidence: Floats, risk: Floats) -> Ranking:
-        """Rank rows by ``confidence``, each with weight 1."""
-        order = np.argsort(-confidence, kind="stable")
-        return cls(order, confidence[order], risk[order], np.ones((1, len(order))))
+        """Rank rows by ``confidence``."""
+        levels, group = np.unique(-confidence, return_inverse=True)
+        return cls(-levels, group.ravel(), risk)
 
-    def under(self, weight: Floats) -> Ranking:
-        """Return the same rows under weights (R, n) in their original order."""
-        changed = replace(self, weight=weight[:, self.order])
-        changed.__dict__["_ends"] = self._ends
-        return changed
+    def coarse(self, n_groups: int) -> Ranking:
+        """Return the same rows in at most ``n_groups`` groups of about as many rows."""
+        if len(self.levels) <= n_groups:
+            return self
+        count = np.bincount(self.group)
+        middle = (count.cumsum() - count / 2) / len(self.group)
+        _, merged = np.unique((middle * n_groups).astype(np.int64), return_inverse=True)
+        size = np.bincount(merged, count)
+        levels = np.bincount(merged, count * self.levels) / size
+        return replace(self, levels=levels, group=merged[self.group])
 
-    def with_risk(self, risk: Floats) -> Ranking:
-        """Return the same rows with other losses (R, n), in the order of the ranking."""
-        return replace(self, risk=risk)
+    def under(self, weight: Floats) -> Ranked:
+        """Sums over the groups under weights (R, n)."""
+        sums = self._columns.sums(weight)
+        mass, loss, gap = np.split(sums, 3, axis=-1)
+        return Ranked(self.levels, mass.cumsum(-1), loss.cumsum(-1), gap)
+
+    def gaps(self, correct: Floats) -> Ranked:
+        """Groups when the rows (R, n) that are right are others; for :meth:`Ranked.mmce` only."""
+        right = self._ones.sums(correct)
+        count = np.bincount(self.group).astype(np.float64)[None]
+        gap = right - self._ones.sums(self.levels[self.group][None])
+        return Ranked(self.levels, count.cumsum(-1), np.zeros_like(gap), gap)
 
     @cached_property
-    def _ends(self) -> NDArray[np.int64]:
-        """Position of the last row of each group of equal confidence."""
-        return np.flatnonzero(np.r_[self.confidence[1:] != self.confidence[:-1], True])
+    def _columns(self) -> OneHot:
+        gap = 1 - self.risk - self.levels[self.group]
+        return OneHot(self.group, len(self.levels), [1.0, self.risk, gap])
 
     @cached_property
-    def mass(self) -> Floats:
-        """Weight up to the end of each group, (R, groups)."""
-        return self.weight.cumsum(-1)[:, self._ends]
+    def _ones(self) -> OneHot:
+        return OneHot(self.group, len(self.levels), [1.0])
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Groups of rows from the most to the least confident, under R weightings.
+
+    Parameters
+    ----------
+    levels : ndarray of shape (G,)
+        Confidence of each group, falling.
+    mass, loss : ndarray of shape (R, G)
+        Weight and loss up to the end of each group.
+    gap : ndarray of shape (R, G)
+        Sum of weight · (1 − loss − confidence) of each group.
+    """
+
+    levels: Floats
+    mass: Floats
+    loss: Floats
+    gap: Floats
 
     @cached_property
-    def loss(self) -> Floats:
-        """Loss up to the end of each group, (R, groups)."""
-        return (self.weight * self.risk).cumsum(-1)[:, self._ends]
-
-    @property
     def _groups(self) -> tuple[Floats, Floats, Floats, Floats]:
         """Mass and loss before each group, and its own."""
         mass_before, loss_before = _before(self.mass), _before(self.loss)
         return mass_before, loss_before, self.mass - mass_before, self.loss - loss_before
 
+    @cached_property
     def aurc(self) -> Floats:
         """(1/n) Σ_k risk among the k most confident rows."""
         mass_before, loss_before, mass, loss = self._groups
@@ -132,27 +164,26 @@ class Ranking:
 
         The kernel is a product on either side of the diagonal, so one cumulated sum replaces n².
         """
-        gap = self.weight * (1 - self.risk - self.confidence)
-        growth = np.exp(self.confidence / KERNEL_WIDTH)
-        above = _before((gap / growth).cumsum(-1))  # rows of higher confidence
-        total = np.square(gap).sum(-1) + 2 * (gap * growth * above).sum(-1)
-        return np.sqrt(total.clip(min=0)) / self.weight.sum(-1)
-
-
-KERNEL_WIDTH = 0.4
+        growth = np.exp(self.levels / KERNEL_WIDTH)
+        above = _before((self.gap / growth).cumsum(-1))  # groups of higher confidence
+        total = np.square(self.gap).sum(-1) + 2 * (self.gap * growth * above).sum(-1)
+        return np.sqrt(total.clip(min=0)) / self.mass[:, -1]
 
 
 def harmonic(n: Floats) -> Floats:
     """H(n) = Σ_{k ≤ n} 1/k, by the digamma function between whole numbers."""
     from scipy.special import digamma
 
-    top = n.max()
-    # A table where that is cheaper; resampled weights are whole numbers.
-    if n.size > top and (whole := n.astype(np.int64)).max() == top and (whole == n).all():
-        table = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, top + 1))])
-        found: Floats = table[whole]
+    # Resampled weights are whole numbers, whose table is made once.
+    if n.size > 1000 and ((whole := n.astype(np.int64)) == n).all():
+        found: Floats = _harmonic_numbers(int(whole.max()))[whole]
         return found
     return digamma(n + 1) + np.euler_gamma
+
+
+@lru_cache(maxsize=2)
+def _harmonic_numbers(top: int) -> Floats:
+    return np.concatenate([[0.0], np.cumsum(1 / np.arange(1, top + 1))])
 
 
 def _before(cumulated: Floats) -> Floats:

@@ -262,7 +262,7 @@ SQUARED_AURC = RankMetric(
     "AURC",
     "mean over k of the mean squared error among the k rows of least variance",
     "lower",
-    statistic=lambda ranking: ranking.aurc(),
+    statistic=lambda ranking: ranking.aurc,
 )
 
 
