@@ -140,7 +140,8 @@ class _Evaluator:
 
         self._metrics = metrics
         ones = np.ones(len(rows.y))
-        self._dense, self._parts = np.empty((len(ones), 0)), {}
+        self._dense = np.empty((len(ones), 0))
+        self._parts: dict[int, list[tuple[bool, slice]]] = {}
         sparse = [csr_array((0, len(ones)))]
         n_sparse = 0
         for j, metric in enumerate(metrics):
@@ -158,12 +159,13 @@ class _Evaluator:
                     self._dense = np.concatenate([self._dense, part], axis=1)
                 self._parts[j].append((isinstance(part, OneHot), slice(start, start + width)))
         self._sparse = vstack(sparse, format="csr")
-        ranked = {j: m for j, m in enumerate(metrics) if isinstance(m, RankMetric)}
-        self._ranking = rows.ranking.coarse(MAX_GROUPS) if ranked else None
+        self._ranking = rows.ranking.coarse(MAX_GROUPS)
+        as_is = self._ranking.under(ones[None])
         # What merging rows of nearly equal confidence takes from the value is given back.
         self._lost = {
-            j: m.value(rows, ones) - float(m.statistic(self._ranking.under(ones[None]))[0])
-            for j, m in ranked.items()
+            j: m.value(rows, ones) - float(m.statistic(as_is)[0])
+            for j, m in enumerate(metrics)
+            if isinstance(m, RankMetric)
         }
 
     def __call__(self, weight: Floats) -> Floats:
@@ -171,7 +173,7 @@ class _Evaluator:
         total = float(weight.shape[1])
         dense = weighted_means(weight, self._dense)
         sparse = (self._sparse @ np.ascontiguousarray(weight.T)).T / total
-        ranked = None if self._ranking is None else self._ranking.under(weight)
+        ranked = self._ranking.under(weight)
         found = []
         for j, metric in enumerate(self._metrics):
             if isinstance(metric, RankMetric):
@@ -230,28 +232,65 @@ def estimates(
     ``methods`` are the rows of each, for what needs more than resamples: exact intervals and
     calibration tests.
     """
-    # Quantiles that are replicates themselves stay defined where some replicates are infinite.
-    ends = np.quantile(sampled.replicates, settings.tails, axis=0, method="inverted_cdf")
     found: list[dict[str, Estimate]] = []
     for i, values in enumerate(sampled.values):
         found.append({})
         for j, definition in enumerate(definitions):
-            value, low, high = float(values[j]), float(ends[0, i, j]), float(ends[1, i, j])
+            value, replicates = float(values[j]), sampled.replicates[:, i, j]
+            rows = methods[i] if methods else None
             if np.isnan(value):
                 note = getattr(definition, "undefined", "")
                 estimate = Estimate(value, np.nan, np.nan, note=note)
-            elif methods and len(methods[i].y) == 1:
+            elif rows is not None and len(rows.y) == 1:
                 estimate = Estimate(value, np.nan, np.nan, note="an interval needs two rows")
-            elif methods and isinstance(definition, Metric) and definition.null is not None:
-                estimate = _error_estimate(
-                    value, sampled.replicates[:, i, j], definition, methods[i], settings
-                )
-            elif methods and isinstance(definition, MeanMetric) and definition.share:
-                estimate = _share_estimate(value, low, high, definition, methods[i], settings)
+            elif rows is not None and isinstance(definition, Metric) and definition.null:
+                estimate = _error_estimate(value, replicates, definition, rows, settings)
+            elif rows is not None and isinstance(definition, MeanMetric) and definition.share:
+                estimate = _share_estimate(value, replicates, definition, rows, settings)
             else:
-                estimate = Estimate(value, low, high)
+                ends = _bca(value, replicates, _acceleration(definition, rows), settings)
+                estimate = Estimate(value, *ends)
             found[-1][definition.name] = estimate
     return found
+
+
+def _bca(
+    value: float, replicates: Floats, acceleration: float, settings: Resampling
+) -> tuple[float, float]:
+    """Ends of the bias-corrected and accelerated percentile interval.
+
+    Quantiles of the replicates at levels Φ(z₀ + (z₀ + z)/(1 − a (z₀ + z))), with z₀ the normal
+    score of the share of replicates below the value and a the acceleration; plain percentiles where
+    both are 0. Invariant under monotone transforms.
+    """
+    from scipy.special import ndtr, ndtri
+
+    known = replicates[~np.isnan(replicates)]  # a resample without any error has no AUROC of errors
+    if len(known) == 0:
+        return np.nan, np.nan
+    below = np.mean(known < value) + 0.5 * np.mean(known == value)
+    edge = 0.5 / len(known)
+    z0 = ndtri(np.clip(below, edge, 1 - edge))
+    moved = z0 + ndtri(settings.tails)
+    levels = ndtr(z0 + moved / (1 - acceleration * moved))
+    # Quantiles that are replicates themselves stay defined where some replicates are infinite.
+    low, high = np.quantile(known, levels, method="inverted_cdf")
+    return float(low), float(high)
+
+
+def _acceleration(definition: Definition, rows: Rows | None) -> float:
+    """Skewness of the mean of one column; 0 for other metrics."""
+    if rows is None or not isinstance(definition, MeanMetric):
+        return 0.0
+    columns = definition.columns(rows, np.ones(len(rows.y)))
+    if not isinstance(columns, np.ndarray) or columns.shape[1] != 1:
+        return 0.0
+    centred = columns[:, 0] - columns[:, 0].mean()
+    spread = float(np.square(centred).sum())
+    # Unequal beyond rounding, and finite.
+    if not np.isfinite(spread) or spread <= 1e-20 * float(np.square(columns).sum()):
+        return 0.0
+    return float((centred**3).sum() / (6 * spread**1.5))
 
 
 def _error_estimate(
@@ -259,28 +298,32 @@ def _error_estimate(
 ) -> Estimate:
     """Interval and test of a calibration error.
 
-    Resampling inflates the error once more, by about what chance has already added to the value:
-    both are taken off. Where a calibrated method would show as much, the true error may be 0.
+    Chance adds to an error: to the value, and by resampling once more. Errors behave like norms, so
+    what is in the value is estimated by V − √(V² − m²), with m what a calibrated method would show.
+    Where that is as much as the value, the true error may be 0.
     """
     assert metric.null is not None
     n_draws = int(np.clip(_NULL_ELEMENTS // rows.y.size, _NULL_DRAWS, settings.n_resamples))
     null = metric.null(rows, np.random.default_rng(settings.seed), n_draws)
     p_value = float((1 + (null >= value).sum()) / (1 + n_draws))
-    bias = max(0.0, float(np.median(replicates)) - value)
-    low, high = np.quantile(replicates, settings.tails) - (2 * bias, bias)
-    low = 0.0 if p_value > 1 - settings.interval else min(max(low, 0.0), value)
+    again = max(0.0, float(np.median(replicates)) - value)
+    inside = value - float(np.sqrt(max(value**2 - float(np.median(null)) ** 2, 0.0)))
+    low, high = np.quantile(replicates, settings.tails) - again
+    low = 0.0 if p_value > 1 - settings.interval else low - max(again, inside)
     limit = float(np.quantile(null, settings.interval, method="higher"))
-    return Estimate(value, float(low), float(max(high, value)), limit=limit, p_value=p_value)
+    low, high = min(max(low, 0.0), value), max(high, value)
+    return Estimate(value, float(low), float(high), limit=limit, p_value=p_value)
 
 
 def _share_estimate(
-    value: float, low: float, high: float, metric: MeanMetric, rows: Rows, settings: Resampling
+    value: float, replicates: Floats, metric: MeanMetric, rows: Rows, settings: Resampling
 ) -> Estimate:
     """Clopper–Pearson interval of a share of rows, and the exact test of what it should be."""
     from scipy.stats import binomtest
 
     if isinstance(rows, RegressionRows) and rows.y.shape[1] > 1:
-        return Estimate(value, low, high)  # outputs of a row depend on one another
+        # Outputs of a row depend on one another.
+        return Estimate(value, *_bca(value, replicates, 0.0, settings))
     n = len(rows.y)
     test = binomtest(round(value * n), n, 0.5 if metric.target is None else metric.target)
     exact = test.proportion_ci(settings.interval)
@@ -358,6 +401,8 @@ def standings(
         return dict.fromkeys(values, "")
     top = min(known.values()) if definition.better == "lower" else max(known.values())
     best = {name for name, v in known.items() if v == top}
+    if len(best) == len(values):
+        return dict.fromkeys(values, "")
     beaten = {
         d.second if d.winner == d.first else d.first
         for d in found
