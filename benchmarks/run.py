@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-SUITES = ("core", "contract")
+SUITES = ("core", "contract", "calibration")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -46,11 +46,14 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = import_module(f"benchmarks.{args.suite}").run()
     table = pd.DataFrame(rows)
-    print(table.to_string(index=False))
+    # A suite of several parts has a table for each, with the columns that it fills.
+    parts = table.groupby("part", sort=False) if "part" in table else [("", table)]
+    for _, part in parts:
+        print(part.dropna(axis=1, how="all").to_string(index=False), end="\n\n")
     out = args.out or RESULTS / f"{args.suite}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
-    print(f"\nwrote {out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
