@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import log_softmax, softmax
@@ -109,7 +109,14 @@ def test_rank_is_exact_where_floating_point_is_not():
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("conformal", REAL + SETS, ids=name)
+@pytest.mark.parametrize(
+    "conformal",
+    [
+        pytest.param(c, marks=pytest.mark.slow if c.get_params()["score"] == "density" else ())
+        for c in REAL + SETS
+    ],
+    ids=name,
+)
 def test_coverage_is_beta_distributed(conformal):
     """200 repetitions: given the n held-out rows the coverage is Beta(k, n + 1 − k).
 
@@ -614,6 +621,7 @@ def test_sets_agree_with_mapie():
 # -- properties ----------------------------------------------------------------------------------
 
 
+@settings(max_examples=20)
 @given(seeds)
 def test_order_of_held_out_rows_does_not_matter(seed):
     order = np.random.default_rng(seed).permutation(40)
@@ -642,6 +650,7 @@ def test_names_of_classes_do_not_matter(seed, columns):
             np.testing.assert_array_equal(after, before[:, columns])
 
 
+@settings(max_examples=20)
 @given(seeds, st.floats(0.3, 0.9), st.floats(0.3, 0.9))
 def test_more_coverage_is_more_of_everything(seed, c1, c2):
     c1, c2 = sorted((c1, c2))
@@ -662,6 +671,7 @@ def test_more_coverage_is_more_of_everything(seed, c1, c2):
             assert (small[1] <= large[1]).all()
 
 
+@settings(max_examples=20)
 @given(seeds, st.floats(-10, 10), st.floats(0.01, 100))
 def test_intervals_follow_the_unit_of_the_target(seed, shift, factor):
     dist, y = real_rows(seed, 40)

@@ -246,6 +246,7 @@ def test_fresh_levels_are_uniform_after_recalibration(truth, levels):
 
 
 @pytest.mark.statistical
+@pytest.mark.slow
 def test_exact_coverage_over_repetitions():
     """A fresh target is below the quantile at level i/(n + 1) with just that probability."""
     rng, n, repetitions, levels = np.random.default_rng(0), 19, 2000, (0.1, 0.5, 0.95)

@@ -8,6 +8,7 @@ from uq.calibration.class_metrics import (
     aurc,
     brier_decomposition,
     brier_score,
+    calibration_test,
     classwise_calibration_error,
     coverage_at_accuracy,
     debiased_calibration_error,
@@ -48,6 +49,7 @@ from uq.calibration.real_metrics import (
     mae,
     mean_interval_width,
     pinball_loss,
+    pit_test,
     pit_values,
     quantile_calibration_error,
     rmse,
@@ -59,11 +61,13 @@ from uq.calibration.recalibration_classwise import HistogramBinning, IsotonicCal
 from uq.calibration.recalibration_maps import BetaCalibration, MatrixScaling, VectorScaling
 from uq.calibration.recalibration_real import QuantileRecalibration, VarianceScaling
 from uq.calibration.reporting import Report, compare, report
+from uq.calibration.shift import Drift, ShiftCurve, epistemic_drift, shift_curve
 
 __all__ = [
     "BetaCalibration",
     "ConformalIntervals",
     "ConformalSets",
+    "Drift",
     "EvidenceScaling",
     "HistogramBinning",
     "IsotonicCalibration",
@@ -75,6 +79,7 @@ __all__ = [
     "RelativeMahalanobisDetector",
     "Report",
     "ResidualDetector",
+    "ShiftCurve",
     "TemperatureScaling",
     "VarianceScaling",
     "VectorScaling",
@@ -87,6 +92,7 @@ __all__ = [
     "auroc",
     "brier_decomposition",
     "brier_score",
+    "calibration_test",
     "classwise_calibration_error",
     "compare",
     "coverage_at_accuracy",
@@ -94,6 +100,7 @@ __all__ = [
     "debiased_calibration_error",
     "detection_error",
     "energy_score",
+    "epistemic_drift",
     "excess_aurc",
     "expected_calibration_error",
     "expected_normalized_calibration_error",
@@ -110,6 +117,7 @@ __all__ = [
     "negative_log_likelihood",
     "ood_score",
     "pinball_loss",
+    "pit_test",
     "pit_values",
     "quantile_calibration_error",
     "report",
@@ -118,6 +126,7 @@ __all__ = [
     "roc_curve",
     "scorers",
     "sharpness",
+    "shift_curve",
     "smooth_calibration_error",
     "uncertainty_calibration_error",
 ]

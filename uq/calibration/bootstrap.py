@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from uq.calibration.definitions import (
+    TIE,
     Definition,
     MeanMetric,
     Metric,
@@ -248,29 +249,26 @@ def estimates(
             elif rows is not None and isinstance(definition, MeanMetric) and definition.share:
                 estimate = _share_estimate(value, replicates, definition, rows, settings)
             else:
-                ends = _bca(value, replicates, _acceleration(definition, rows), settings)
+                z0, acceleration = _corrections(value, replicates, definition, rows)
+                ends = _bca(replicates, z0, acceleration, settings)
                 estimate = Estimate(value, *ends)
             found[-1][definition.name] = estimate
     return found
 
 
 def _bca(
-    value: float, replicates: Floats, acceleration: float, settings: Resampling
+    replicates: Floats, z0: float, acceleration: float, settings: Resampling
 ) -> tuple[float, float]:
-    """Ends of the bias-corrected and accelerated percentile interval.
+    """Ends of the bias-corrected and accelerated percentile interval (Efron, JASA 1987).
 
-    Quantiles of the replicates at levels Φ(z₀ + (z₀ + z)/(1 − a (z₀ + z))), with z₀ the normal
-    score of the share of replicates below the value and a the acceleration; plain percentiles where
-    both are 0. Invariant under monotone transforms.
+    Quantiles of the replicates at levels Φ(z₀ + (z₀ + z)/(1 − a (z₀ + z))); plain percentiles where
+    z₀ and a are 0. Invariant under monotone transforms.
     """
     from scipy.special import ndtr, ndtri
 
     known = replicates[~np.isnan(replicates)]  # a resample without any error has no AUROC of errors
     if len(known) == 0:
         return np.nan, np.nan
-    below = np.mean(known < value) + 0.5 * np.mean(known == value)
-    edge = 0.5 / len(known)
-    z0 = ndtri(np.clip(below, edge, 1 - edge))
     moved = z0 + ndtri(settings.tails)
     levels = ndtr(z0 + moved / (1 - acceleration * moved))
     # Quantiles that are replicates themselves stay defined where some replicates are infinite.
@@ -278,19 +276,39 @@ def _bca(
     return float(low), float(high)
 
 
-def _acceleration(definition: Definition, rows: Rows | None) -> float:
+def _corrections(
+    value: float, replicates: Floats, definition: Definition, rows: Rows | None
+) -> tuple[float, float]:
+    """Bias correction z₀ and acceleration a.
+
+    Both are a sixth of the skewness for a mean of rows. For an optimum over the rows that are
+    judged, which resampling flatters once more, z₀ is the normal score of the share of replicates
+    below the value. Elsewhere both are 0: estimating them would add more noise than it mends.
+    """
+    from scipy.special import ndtri
+
+    if definition.optimised:
+        below = np.mean(replicates < value) + 0.5 * np.mean(replicates == value)
+        edge = 0.5 / len(replicates)
+        return float(ndtri(np.clip(below, edge, 1 - edge))), 0.0
+    skewness = _skewness(definition, rows)
+    return skewness / 6, skewness / 6
+
+
+def _skewness(definition: Definition, rows: Rows | None) -> float:
     """Skewness of the mean of one column; 0 for other metrics."""
     if rows is None or not isinstance(definition, MeanMetric):
         return 0.0
     columns = definition.columns(rows, np.ones(len(rows.y)))
     if not isinstance(columns, np.ndarray) or columns.shape[1] != 1:
         return 0.0
+    if not np.isfinite(columns).all():
+        return 0.0
     centred = columns[:, 0] - columns[:, 0].mean()
     spread = float(np.square(centred).sum())
-    # Unequal beyond rounding, and finite.
-    if not np.isfinite(spread) or spread <= 1e-20 * float(np.square(columns).sum()):
+    if spread <= 1e-20 * float(np.square(columns).sum()):  # equal but for rounding
         return 0.0
-    return float((centred**3).sum() / (6 * spread**1.5))
+    return float((centred**3).sum() / spread**1.5)
 
 
 def _error_estimate(
@@ -299,20 +317,32 @@ def _error_estimate(
     """Interval and test of a calibration error.
 
     Chance adds to an error: to the value, and by resampling once more. Errors behave like norms, so
-    what is in the value is estimated by V − √(V² − m²), with m what a calibrated method would show.
-    Where that is as much as the value, the true error may be 0.
+    what is in the value is estimated by V − √(V² − m²), with m what a calibrated method would show,
+    times by how much the labels scatter more than a calibrated method's would. Where a calibrated
+    method would show as much as the value, the true error may be 0.
     """
     assert metric.null is not None
     n_draws = int(np.clip(_NULL_ELEMENTS // rows.y.size, _NULL_DRAWS, settings.n_resamples))
     null = metric.null(rows, np.random.default_rng(settings.seed), n_draws)
-    p_value = float((1 + (null >= value).sum()) / (1 + n_draws))
+    p_value = float((1 + (null >= value - TIE).sum()) / (1 + n_draws))
     again = max(0.0, float(np.median(replicates)) - value)
-    inside = value - float(np.sqrt(max(value**2 - float(np.median(null)) ** 2, 0.0)))
+    chance = float(np.median(null)) ** 2 * max(1.0, _scatter(rows))
+    inside = value - float(np.sqrt(max(value**2 - chance, 0.0)))
     low, high = np.quantile(replicates, settings.tails) - again
     low = 0.0 if p_value > 1 - settings.interval else low - max(again, inside)
     limit = float(np.quantile(null, settings.interval, method="higher"))
     low, high = min(max(low, 0.0), value), max(high, value)
     return Estimate(value, float(low), float(high), limit=limit, p_value=p_value)
+
+
+def _scatter(rows: Rows) -> float:
+    """Squared deviations of labels from their probabilities, over what these would make them."""
+    if isinstance(rows, RegressionRows):
+        return 1.0
+    p = rows.probs.astype(np.float64)
+    expected = 1 - np.square(p).sum(1)
+    squares = 2 - 2 * p[np.arange(len(p)), rows.y] - expected
+    return float(squares.sum() / expected.sum()) if expected.any() else 1.0
 
 
 def _share_estimate(
@@ -323,7 +353,7 @@ def _share_estimate(
 
     if isinstance(rows, RegressionRows) and rows.y.shape[1] > 1:
         # Outputs of a row depend on one another.
-        return Estimate(value, *_bca(value, replicates, 0.0, settings))
+        return Estimate(value, *_bca(replicates, 0.0, 0.0, settings))
     n = len(rows.y)
     test = binomtest(round(value * n), n, 0.5 if metric.target is None else metric.target)
     exact = test.proportion_ci(settings.interval)

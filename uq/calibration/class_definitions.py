@@ -217,18 +217,18 @@ MMCE = RankMetric(
 def classwise_metric(n_bins: int = N_BINS) -> MeanMetric:
     """Mean over classes of the calibration error of the probability of that class."""
 
-    def index(probs: Floats) -> NDArray[np.int64]:
-        # Bin of each class in its own block of columns.
-        offsets = n_bins * np.arange(probs.shape[1])
-        found: NDArray[np.int64] = equal_width_bins(probs, n_bins) + offsets
-        return found
+    def offsets(probs: Floats) -> NDArray[np.int64]:
+        # Each class has its own block of columns.
+        return n_bins * np.arange(probs.shape[1])
 
     def columns(rows: ClassificationRows, weight: Any) -> Any:
         p = rows.probs.astype(np.float64)
         gaps = -p
         gaps[np.arange(len(p)), rows.y] += 1
         # Most probabilities are in the first bin, which is what the others leave of the total.
-        return gaps, OneHot(index(p), n_bins * p.shape[1], [np.where(p * n_bins < 1, 0.0, gaps)])
+        bins = equal_width_bins(p, n_bins)
+        rest = np.where(bins == 0, 0.0, gaps)
+        return gaps, OneHot(bins + offsets(p), n_bins * p.shape[1], [rest])
 
     def finish(means: Floats, total: float) -> Floats:
         n_classes = means.shape[-1] // (n_bins + 1)
@@ -240,7 +240,7 @@ def classwise_metric(n_bins: int = N_BINS) -> MeanMetric:
     def null(rows: ClassificationRows, rng: np.random.Generator, n_draws: int) -> Floats:
         p = rows.probs.astype(np.float64)
         n, size = len(p), n_bins * p.shape[1]
-        place = index(p)
+        place = equal_width_bins(p, n_bins) + offsets(p)
         expected = np.bincount(place.ravel(), p.ravel(), size)
         limits = p.cumsum(1)[:, :-1]
         counts = np.empty((n_draws, size))

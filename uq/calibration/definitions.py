@@ -12,9 +12,9 @@ sums are all that metrics of a ranking need.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,22 +22,38 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from uq.calibration.ranking import Ranked
-    from uq.calibration.rows import ClassificationRows, Rows
+    from uq.calibration.rows import BinaryRows, ClassificationRows, Rows
 
     Floats = NDArray[np.float64]
+
+TIE = 1e-6  # to which errors are computed: a null value this close below is as large
 
 Finish = Callable[[Any, float], Any]
 Columns = Any  # (n, c): an array, a OneHot, or a tuple of both side by side
 
 
+class TestResult(NamedTuple):
+    """Value of a test statistic, and how often a calibrated method would show at least as much."""
+
+    statistic: float
+    p_value: float
+
+
+TestResult.__test__ = False  # type: ignore[attr-defined]  # no test class, as pytest would think
+
+
 @dataclass(frozen=True)
 class Definition:
-    """What a report says about a number: key, title, one-line definition, which way is better."""
+    """What a report says about a number: key, title, one-line definition, which way is better.
+
+    ``optimised`` metrics are the best over choices made on the rows that are judged.
+    """
 
     name: str
     label: str
     definition: str
     better: Literal["lower", "higher", ""]
+    optimised: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class Metric(Definition):
     null: Callable[[Any, np.random.Generator, int], Floats] | None = None
     undefined: str = ""
 
-    def value(self, rows: Rows, weight: Floats) -> float:
+    def value(self, rows: Rows | BinaryRows, weight: Floats) -> float:
         """Value under row weights of shape (n,)."""
         raise NotImplementedError
 
@@ -83,7 +99,7 @@ class MeanMetric(Metric):
     share: bool = False
     target: float | None = None
 
-    def value(self, rows: Rows, weight: Floats) -> float:
+    def value(self, rows: Rows | BinaryRows, weight: Floats) -> float:
         """Value under row weights of shape (n,)."""
         means = weighted_means(weight[None], self.columns(rows, weight))
         return float(self.finish(means, float(weight.sum()))[0])
@@ -95,7 +111,7 @@ class RankMetric(Metric):
 
     statistic: Callable[[Ranked], Floats] = lambda ranking: np.zeros(1)
 
-    def value(self, rows: Rows, weight: Floats) -> float:
+    def value(self, rows: Rows | BinaryRows, weight: Floats) -> float:
         """Value under row weights of shape (n,)."""
         return float(self.statistic(rows.ranking.under(weight[None]))[0])
 
@@ -159,7 +175,7 @@ class OneHot:
         flat = self.bins.ravel()
 
         def sums(values: Floats) -> Floats:
-            return np.bincount(flat, values.ravel(), self.n_bins)
+            return np.bincount(flat, values.ravel(), self.n_bins).astype(np.float64, copy=False)
 
         return np.array([np.concatenate([sums(w * v) for v in self.values]) for w in shaped])
 

@@ -74,7 +74,8 @@ class Ranking:
 
     @cached_property
     def _columns(self) -> OneHot:
-        gap = 1 - self.risk - self.levels[self.group]
+        level = self.levels[self.group]
+        gap = np.where(np.isfinite(level), 1 - self.risk - level, 0.0)  # an infinite variance
         return OneHot(self.group, len(self.levels), [1.0, self.risk, gap])
 
     @cached_property

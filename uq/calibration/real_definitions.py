@@ -93,8 +93,8 @@ def interval_score_metric(coverage: float) -> MeanMetric:
 
 def _level_columns(rows: RegressionRows, weight: Any) -> Any:
     """One column for each step between two levels, so that sums over them are the shares below."""
-    m = rows.pit.shape[1]
-    step = np.searchsorted(LEVELS, rows.pit) + (len(LEVELS) + 1) * np.arange(m)
+    m = rows.y.shape[1]
+    step = np.searchsorted(LEVELS, rows.least_level) + (len(LEVELS) + 1) * np.arange(m)
     return OneHot(step, m * (len(LEVELS) + 1), [1.0])
 
 
@@ -104,7 +104,7 @@ def _level_finish(means: Floats, total: float) -> Floats:
 
 
 def _level_null(rows: RegressionRows, rng: np.random.Generator, n_draws: int) -> Floats:
-    n, m = rows.pit.shape
+    n, m = rows.y.shape
     steps = len(LEVELS) + 1
     counts = rng.multinomial(n, np.full(steps, 1 / steps), size=(n_draws, m))
     return _level_finish(counts.reshape(n_draws, -1) / n, float(n))
@@ -133,7 +133,9 @@ def _variance_bins(rows: RegressionRows, weight: Floats, n_bins: int) -> NDArray
 def _ence(share: Floats, variance: Floats, square: Floats) -> Floats:
     full = share > 0
     deviation, error = np.sqrt(ratio(variance, share)), np.sqrt(ratio(square, share))
-    return ratio(np.abs(deviation - error), deviation).sum(-1) / full.sum(-1)
+    gap = ratio(np.abs(deviation - error), deviation)
+    # No multiple of a deviation of 0 is an error, unless that is 0 as well.
+    return np.where((deviation == 0) & (error > 0), np.nan, gap).sum(-1) / full.sum(-1)
 
 
 def _uce(share: Floats, variance: Floats, square: Floats) -> Floats:
@@ -150,7 +152,10 @@ def variance_metric(
 
     def columns(rows: RegressionRows, weight: Floats) -> OneHot:
         m = rows.y.shape[1]
-        values = [1.0 / m, rows.variance / m, np.square(rows.error) / m]
+        # 0 · inf would be NaN also for rows without weight.
+        unknown = np.where(weight[:, None] > 0, np.nan, 0.0)
+        variance = np.where(np.isinf(rows.variance), unknown, rows.variance)
+        values = [1.0 / m, variance / m, np.square(rows.error) / m]
         return OneHot(_variance_bins(rows, weight, n_bins), n_bins * m, values)
 
     def finish(means: Floats, total: float) -> Floats:
@@ -169,7 +174,7 @@ def variance_metric(
         found = []
         for start in range(0, n_draws, block):
             shape = (min(block, n_draws - start),)
-            drawn = rows.prediction.sample(shape, generator=generator).numpy()
+            drawn = rows.prediction.cpu().sample(shape, generator=generator).numpy()
             squares = np.square(drawn.reshape(-1, n, m) - mean)
             sums = [np.bincount(bins, s.ravel(), n_bins * m) for s in squares]
             found.append(value(share, variance, np.array(sums) / (n * m)))
@@ -181,6 +186,7 @@ def variance_metric(
         f"{definition}, {n_bins} equal-mass bins of variance",
         "lower",
         null,
+        "a predictive variance is infinite, or 0 in a whole bin",
         columns=columns,
         finish=finish,
     )
@@ -213,8 +219,8 @@ def coverage_metric(coverage: float) -> MeanMetric:
     tail = (1 - coverage) / 2
 
     def columns(rows: RegressionRows, weight: Any) -> Floats:
-        # y lies in the equal-tailed interval where its PIT does: one cdf serves all levels.
-        inside = (rows.pit >= tail) & (rows.pit <= 1 - tail)
+        # y is at or above the lower quantile where F(y) >= tail: one cdf serves all levels.
+        inside = (rows.pit >= tail) & (rows.least_level <= 1 - tail)
         return inside.mean(1, keepdims=True)
 
     percent = f"{100 * coverage:g}"

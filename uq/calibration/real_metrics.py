@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from uq.calibration.definitions import Metric
+from uq.calibration.definitions import Metric, TestResult, equal_width_bins
 from uq.calibration.documentation import documented
 from uq.calibration.real_definitions import (
     CRPS,
@@ -22,13 +22,23 @@ from uq.calibration.real_definitions import (
     uce_metric,
     width_metric,
 )
-from uq.calibration.rows import Names, RegressionRows, as_array, check_weight
+from uq.calibration.rows import (
+    Names,
+    RegressionRows,
+    as_array,
+    check_count,
+    check_share,
+    check_weight,
+)
 from uq.distributions import RealPredictive
-from uq.errors import ParameterError
+from uq.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
+
+
+_LEAST_EXPECTED = 5  # rows a bin, for a χ² test
 
 
 def _score(
@@ -40,12 +50,6 @@ def _score(
 ) -> float:
     rows = RegressionRows(y_true, prediction, Names(where))
     return metric.value(rows, check_weight(where, sample_weight, len(rows.y)))
-
-
-def _check_share(where: str, name: str, value: float) -> float:
-    if not 0 < value < 1:
-        raise ParameterError(f"{where}: {name} must lie in (0, 1), got {value!r}.")
-    return value
 
 
 # -- scores ------------------------------------------------------------------------------------
@@ -132,12 +136,11 @@ def energy_score(
     from uq.distributions import energy_score as sample_energy_score
 
     where = "energy_score"
-    if not isinstance(n_draws, int) or n_draws < 2:
-        raise ParameterError(f"{where}: n_draws must be an integer >= 2, got {n_draws!r}.")
+    n_draws = check_count(where, "n_draws", n_draws, least=2)
     rows = RegressionRows(y_true, prediction, Names(where))
     weight = check_weight(where, sample_weight, len(rows.y))
-    generator = torch.Generator().manual_seed(random_state)
-    drawn = rows.prediction.joint().sample((n_draws,), generator=generator)
+    generator = torch.Generator().manual_seed(int(random_state))
+    drawn = rows.prediction.cpu().joint().sample((n_draws,), generator=generator)
     values = drawn.reshape(n_draws, *rows.y.shape).numpy()
     score = sample_energy_score(values, rows.y, fair=True)
     return float(weight @ score / weight.sum())
@@ -239,7 +242,7 @@ def pinball_loss(
     0.5
     """
     where = "pinball_loss"
-    metric = pinball_metric(_check_share(where, "level", level))
+    metric = pinball_metric(check_share(where, "level", level))
     return _score(where, metric, y_true, prediction, sample_weight)
 
 
@@ -279,7 +282,7 @@ def interval_score(
     6.841
     """
     where = "interval_score"
-    metric = interval_score_metric(_check_share(where, "coverage", coverage))
+    metric = interval_score_metric(check_share(where, "coverage", coverage))
     return _score(where, metric, y_true, prediction, sample_weight)
 
 
@@ -316,11 +319,13 @@ def interval_coverage(
     0.5
     """
     where = "interval_coverage"
-    metric = coverage_metric(_check_share(where, "coverage", coverage))
+    metric = coverage_metric(check_share(where, "coverage", coverage))
     return _score(where, metric, y_true, prediction, sample_weight)
 
 
-def pit_values(y_true: ArrayLike | Tensor, prediction: RealPredictive) -> NDArray[np.float64]:
+def pit_values(
+    y_true: ArrayLike | Tensor, prediction: RealPredictive, *, random_state: int = 0
+) -> NDArray[np.float64]:
     """Probability integral transform: the predictive cdf at each target.
 
     Parameters
@@ -329,16 +334,29 @@ def pit_values(y_true: ArrayLike | Tensor, prediction: RealPredictive) -> NDArra
         Targets.
     prediction : RealPredictive
         Predictive distribution of the same rows.
+    random_state : int, default=0
+        Seed of the draws where F jumps; not used for continuous distributions.
 
     Returns
     -------
     ndarray of the shape of ``y_true``
         F_i(y_i) in [0, 1]: uniform for calibrated predictions, heaped at both ends for
-        over-confident ones, in the middle for under-confident ones.
+        over-confident ones, in the middle for under-confident ones. Where F jumps it is drawn, so
+        as to be uniform too. ``np.histogram(pit, 20, (0, 1))`` counts them.
+
+    Notes
+    -----
+    For :class:`uq.distributions.Empirical` with S draws, b of them below y and t equal to it, the
+    value is drawn between b/(S + 1) and (b + t + 1)/(S + 1): a target from the law of the draws
+    takes each of the S + 1 places among them alike. ``prediction.cdf(y)`` is the plain share.
 
     See Also
     --------
-    uq.calibration.calibration_test : a p-value for "uniform".
+    uq.calibration.pit_test : a p-value for "uniform".
+
+    References
+    ----------
+    C. Czado, T. Gneiting, L. Held, Biometrics 65 (2009).
 
     Examples
     --------
@@ -348,8 +366,84 @@ def pit_values(y_true: ArrayLike | Tensor, prediction: RealPredictive) -> NDArra
     >>> pit_values([0.0], NormalMixture(torch.zeros(1, 1), torch.tensor(1.0)))
     array([0.5])
     """
-    y = as_array(y_true)
-    return RegressionRows(y, prediction, Names("pit_values")).pit.reshape(y.shape)
+    rows = RegressionRows(y_true, prediction, Names("pit_values"))
+    return rows.random_pit(np.random.default_rng(random_state)).reshape(as_array(y_true).shape)
+
+
+def pit_test(
+    y_true: ArrayLike | Tensor,
+    prediction: RealPredictive,
+    *,
+    n_bins: int = 20,
+    random_state: int = 0,
+) -> TestResult:
+    """Test whether predictive distributions of one output are calibrated: is the PIT uniform?
+
+    Parameters
+    ----------
+    y_true : array-like of shape (n,) or (n, 1)
+        Targets of at least ten rows, independent of each other.
+    prediction : RealPredictive
+        Predictive distribution of the same rows. Outputs of a row depend on each other, so that
+        several are tested one by one, with ``prediction.output(j)``.
+    n_bins : int, default=20
+        Bins of equal width, at least two. Fewer rows than five a bin are put into n // 5 bins,
+        where the distribution of the statistic is still close to χ².
+    random_state : int, default=0
+        Seed of the draws where F jumps; not used for continuous distributions.
+
+    Returns
+    -------
+    TestResult
+        ``statistic`` Σ_b (n_b − n/B)² / (n/B) over B bins of the PIT, and ``p_value``, the
+        probability that χ² with B − 1 degrees of freedom is as large.
+
+    Raises
+    ------
+    DataError
+        If there are several outputs, or fewer than ten rows.
+
+    Notes
+    -----
+    The PIT is that of :func:`pit_values`: for :class:`uq.distributions.Empirical` it is drawn
+    within the place of the target among the draws.
+
+    A wrong scale moves little mass far, which Kolmogorov–Smirnov tests hardly see: one that is off
+    by 10 % is found on 2000 rows, at a level of 1e-4, in 4 to 7 of 10 data sets by this test and in
+    1 of 100 by Kolmogorov–Smirnov.
+
+    References
+    ----------
+    A. P. Dawid, JRSS A 147 (1984); C. Czado, T. Gneiting, L. Held, Biometrics 65 (2009).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.calibration import pit_test
+    >>> from uq.distributions import NormalMixture
+    >>> d = NormalMixture(torch.zeros(1, 100), torch.tensor(1.0))
+    >>> y = 3 * torch.randn(100, generator=torch.Generator().manual_seed(0))
+    >>> pit_test(y, d).p_value < 0.001  # a third of the deviation that the targets have
+    True
+    """
+    from scipy.stats import chi2
+
+    where = "pit_test"
+    n_bins = check_count(where, "n_bins", n_bins, least=2)
+    rows = RegressionRows(y_true, prediction, Names(where))
+    n, n_outputs = rows.y.shape
+    if n_outputs > 1:
+        raise DataError(
+            f"{where}: expected one output, got {n_outputs}, which depend on each other within a "
+            "row; test each with prediction.output(j)."
+        )
+    if n < 2 * _LEAST_EXPECTED:
+        raise DataError(f"{where}: at least {2 * _LEAST_EXPECTED} rows are needed, got {n}.")
+    n_bins = min(n_bins, n // _LEAST_EXPECTED)
+    pit = rows.random_pit(np.random.default_rng(random_state))[:, 0]
+    counts = np.bincount(equal_width_bins(pit, n_bins), minlength=n_bins)
+    statistic = float(np.square(counts - n / n_bins).sum() / (n / n_bins))
+    return TestResult(statistic, float(chi2.sf(statistic, n_bins - 1)))
 
 
 @documented
@@ -389,12 +483,6 @@ def quantile_calibration_error(
     return _score(where, QUANTILE_ERROR, y_true, prediction, sample_weight)
 
 
-def _check_bins(where: str, n_bins: int) -> int:
-    if not isinstance(n_bins, int | np.integer) or n_bins < 1:
-        raise ParameterError(f"{where}: n_bins must be an integer >= 1, got {n_bins!r}.")
-    return int(n_bins)
-
-
 @documented
 def expected_normalized_calibration_error(
     y_true: ArrayLike | Tensor,
@@ -416,7 +504,8 @@ def expected_normalized_calibration_error(
     -------
     float
         Mean over bins of |√ mean variance − RMSE| / √ mean variance, dimensionless; lower is
-        better. Outputs have their own bins.
+        better. Outputs have their own bins. NaN where a predictive variance is infinite, and where
+        all variances of a bin are 0 but an error is not.
 
     References
     ----------
@@ -432,7 +521,8 @@ def expected_normalized_calibration_error(
     0.5
     """
     where = "expected_normalized_calibration_error"
-    return _score(where, ence_metric(_check_bins(where, n_bins)), y_true, prediction, sample_weight)
+    metric = ence_metric(check_count(where, "n_bins", n_bins))
+    return _score(where, metric, y_true, prediction, sample_weight)
 
 
 @documented
@@ -456,7 +546,7 @@ def uncertainty_calibration_error(
     -------
     float
         Σ_b (n_b/n) |mean variance − mean squared error|, in squared target units, averaged over
-        outputs; lower is better.
+        outputs; lower is better. NaN where a predictive variance is infinite.
 
     References
     ----------
@@ -472,7 +562,8 @@ def uncertainty_calibration_error(
     3.0
     """
     where = "uncertainty_calibration_error"
-    return _score(where, uce_metric(_check_bins(where, n_bins)), y_true, prediction, sample_weight)
+    metric = uce_metric(check_count(where, "n_bins", n_bins))
+    return _score(where, metric, y_true, prediction, sample_weight)
 
 
 # -- sharpness ---------------------------------------------------------------------------------
@@ -512,7 +603,7 @@ def mean_interval_width(
     3.29
     """
     where = "mean_interval_width"
-    metric = width_metric(_check_share(where, "coverage", coverage))
+    metric = width_metric(check_share(where, "coverage", coverage))
     return _score(where, metric, y_true, prediction, sample_weight)
 
 
@@ -537,7 +628,7 @@ def sharpness(
     -------
     float
         √ mean Var y in target units, the mean over rows and outputs; lower is better among
-        calibrated predictions.
+        calibrated predictions. Infinite where a predictive variance is.
 
     Examples
     --------

@@ -6,6 +6,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from uq.calibration.ranking import Ranking
-from uq.distributions import ClassPredictive, Predictive, RealPredictive
-from uq.errors import DataError, NoEpistemicError
+from uq.distributions import ClassPredictive, Empirical, Predictive, RealPredictive
+from uq.errors import DataError, NoEpistemicError, ParameterError
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -55,7 +56,8 @@ class ClassificationRows:
         else:
             self.prediction = None
             self.probs, self.classes = _probabilities(names, prediction)
-        labels = _match(names, as_array(y_true), self.probs.shape[:1])
+        labels = _regular(f"{names.where}: {names.y}", y_true)
+        labels = _match(names, labels, self.probs.shape[:1])
         self.y = _positions(names, labels, self.classes)
 
     @cached_property
@@ -128,13 +130,13 @@ class BinaryRows:
 
 
 class RegressionRows:
-    """Targets and predictive mixtures of n rows and m outputs.
+    """Targets and predictive distributions of n rows and m outputs.
 
     Parameters
     ----------
     y_true : array-like of shape (n,) or (n, m)
         Targets.
-    prediction : NormalMixture
+    prediction : RealPredictive
         Predictive distribution of batch shape (n,) or (n, m), or (n,) with event shape (m,).
     names : Names
         What error messages call the two.
@@ -153,7 +155,8 @@ class RegressionRows:
         self._quantiles: dict[float, NDArray[np.float64]] = {}
         self._y = torch.as_tensor(y, device=self.prediction.mean.device)
         check_finite_rows(f"{names.where}: {names.prediction}.mean", as_array(self.prediction.mean))
-        check_finite_rows(f"{names.where}: {names.prediction}.variance", self.variance)
+        # A variance may be infinite (Student t with df <= 2): all but the variance is defined.
+        _refuse_rows(f"{names.where}: {names.prediction}.variance", "NaN", np.isnan(self.variance))
 
     @cached_property
     def neg_log(self) -> NDArray[np.float64]:
@@ -171,6 +174,32 @@ class RegressionRows:
     def pit(self) -> NDArray[np.float64]:
         """Probability integral transform F(y), shape (n, m)."""
         return self._columns(self.prediction.cdf(self._y))
+
+    def random_pit(self, rng: np.random.Generator) -> NDArray[np.float64]:
+        """PIT that is uniform for calibrated predictions though F may jump, shape (n, m).
+
+        A target from the same law as S draws takes each of the S + 1 places among them alike, at
+        random among equal ones: the PIT is drawn within its place.
+        """
+        if not isinstance(self.prediction, Empirical):
+            return self.pit
+        size, below = len(self.prediction.values), self._share_below
+        places = (self.pit - below) * size + 1
+        return (below * size + places * rng.random(below.shape)) / (size + 1)
+
+    @cached_property
+    def least_level(self) -> NDArray[np.float64]:
+        """Least level whose quantile is not below the target, shape (n, m): F(y) if continuous."""
+        if not isinstance(self.prediction, Empirical):
+            return self.pit
+        # A step: the quantiles of all levels above F(y−), up to F(y), are y.
+        return np.nextafter(self._share_below, 1.0)
+
+    @cached_property
+    def _share_below(self) -> NDArray[np.float64]:
+        """F(y−), shape (n, m)."""
+        before = torch.nextafter(self._y, torch.full_like(self._y, -torch.inf))
+        return self._columns(self.prediction.cdf(before))
 
     @cached_property
     def absolute_error(self) -> NDArray[np.float64]:
@@ -230,7 +259,9 @@ def make_rows(y_true: ArrayLike | Tensor, prediction: Any, names: Names) -> Rows
 def as_array(values: ArrayLike | Tensor) -> NDArray[Any]:
     """Array of anything array-like; tensors come from any device."""
     if isinstance(values, Tensor):
-        return np.asarray(values.detach().cpu().numpy())
+        values = values.detach().cpu()
+        # NumPy has no such type.
+        return np.asarray((values.float() if values.dtype == torch.bfloat16 else values).numpy())
     return np.asarray(values)
 
 
@@ -244,6 +275,22 @@ def check_weight(where: str, weight: ArrayLike | None, n: int) -> NDArray[np.flo
     if not np.isfinite(w).all() or (w < 0).any() or not w.any():
         raise DataError(f"{where}: sample_weight must be finite, >= 0 and not all zero.")
     return w
+
+
+def check_count(where: str, name: str, value: int, least: int = 1) -> int:
+    """Whole number >= ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ParameterError(f"{where}: {name} must be an integer >= {least}, got {value!r}.")
+    return int(value)
+
+
+def check_share(where: str, name: str, value: float, *, closed: bool = False) -> float:
+    """Number in (0, 1), or in (0, 1] if ``closed``."""
+    number = isinstance(value, Real)
+    if not number or not (0 < value < 1 or (closed and value == 1)):
+        interval = "(0, 1]" if closed else "(0, 1)"
+        raise ParameterError(f"{where}: {name} must lie in {interval}, got {value!r}.")
+    return float(value)
 
 
 def _epistemic(prediction: Predictive | None, like: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -265,9 +312,16 @@ def _warn_infinite(neg_log: NDArray[np.float64]) -> NDArray[np.float64]:
     return neg_log
 
 
+def _regular(name: str, values: ArrayLike | Tensor) -> NDArray[Any]:
+    try:
+        return as_array(values)
+    except ValueError as error:  # rows of different lengths
+        raise DataError(f"{name} must be a regular array: {error}.") from error
+
+
 def _numbers(name: str, values: ArrayLike | Tensor) -> NDArray[np.float64]:
     try:
-        return as_array(values).astype(np.float64)
+        return _regular(name, values).astype(np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} must hold numbers: {error}.") from error
 
@@ -289,7 +343,7 @@ def _probabilities(names: Names, values: Any) -> tuple[NDArray[Any], NDArray[Any
     what = f"{names.where}: {names.prediction}"
     if not hasattr(values, "__array__") and not isinstance(values, list | tuple):
         raise _wrong_type(names, "predictive distribution of uq or an array (n, K)", values)
-    p = as_array(values)
+    p = _regular(what, values)
     if p.dtype != np.float32:
         p = _numbers(what, p)
     if p.ndim != 2 or p.shape[1] < 2:
@@ -331,9 +385,13 @@ def _positions(names: Names, labels: NDArray[Any], classes: NDArray[Any]) -> NDA
 
 def check_finite_rows(name: str, values: NDArray[Any]) -> None:
     """Refuse NaN and infinity, naming the first such row."""
-    bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
-    if bad.any():
-        raise DataError(f"{name} is NaN or infinite at row {int(bad.argmax())}.")
+    _refuse_rows(name, "NaN or infinite", ~np.isfinite(values))
+
+
+def _refuse_rows(name: str, what: str, bad: NDArray[np.bool_]) -> None:
+    rows = bad.any(tuple(range(1, bad.ndim)))
+    if rows.any():
+        raise DataError(f"{name} is {what} at row {int(rows.argmax())}.")
 
 
 def _wrong_type(names: Names, expected: str, got: object) -> DataError:

@@ -397,8 +397,8 @@ def shift_curve(
     >>> curve = shift_curve(y, shifted, metrics=["rmse", "coverage_90"])
     >>> curve.to_frame().round(2)
             metric  intensity  n_rows  value   low  high
-    0         rmse        0.0     500   1.01  0.94  1.08
-    1         rmse        2.0     500   2.27  2.18  2.35
+    0         rmse        0.0     500   1.01  0.95  1.09
+    1         rmse        2.0     500   2.27  2.18  2.36
     2  coverage_90        0.0     500   0.92  0.89  0.94
     3  coverage_90        2.0     500   0.36  0.31  0.40
     >>> curve.check().verdict  # the predictive variance stays the same

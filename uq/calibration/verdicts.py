@@ -66,6 +66,8 @@ def summary(estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
     best = [name for name, e in scores.items() if e.standing == "best"]
     tied = [name for name, e in scores.items() if e.standing == "tied"]
     label, unit = ("log score", " nats") if metric != "crps" else ("CRPS", "")
+    if not best:  # all are equal
+        return f"The {label} is the same for all: {next(iter(scores.values())).value:.4g}{unit}."
     said = f"Best {label}: {', '.join(best)} ({scores[best[0]].value:.4g}{unit})"
     return f"{said}; not distinguishable from it: {', '.join(tied)}." if tied else f"{said}."
 
