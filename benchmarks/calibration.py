@@ -286,8 +286,7 @@ def _crps() -> Iterator[Row]:
         "properscoring": lambda: properscoring.crps_ensemble(y, last),
         "Pyro": lambda: crps_empirical(*tensors),
     }
-    if "numba" in scoringrules.backends.available_backends:
-        peers["scoringrules, numba"] = lambda: scoringrules.crps_ensemble(y, last, backend="numba")
+    peers["scoringrules, numba"] = lambda: scoringrules.crps_ensemble(y, last, backend="numba")
     for name, peer in peers.items():
         yield _against(
             f"CRPS of 1,000 draws x 2,000 rows / {name}", lambda: sample_crps(draws, y), peer, 1.0

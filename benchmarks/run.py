@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-SUITES = ("core", "contract", "calibration")
+SUITES = ("core", "contract", "calibration", "vbll", "ivon")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -308,8 +308,6 @@ def test_predictions_follow_the_unit_of_the_target(method, task):
 
 @regressor
 def test_heteroscedastic_noise(method, task):
-    if method == "vbll":
-        pytest.skip("the Gaussian VBLL head has one noise level; its docstring says so")
     X, y = data(task)
     model = make(method, task, noise="heteroscedastic").fit(X, y)
     assert model.predict_distribution(X).aleatoric.std() > 0

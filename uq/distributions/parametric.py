@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from uq.distributions import families, numeric
 from uq.distributions.base import RealPredictive, check_levels
 from uq.distributions.rebuilding import Function, rebuild, structure
-from uq.errors import DataError
+from uq.errors import DataError, ParameterError
 
 # Integrals over y go in pieces that end at quantiles of these levels.
 _TAIL = 2.0 ** torch.tensor([-50, -35, -24, -16, -10, -6, -3], dtype=torch.float64)
@@ -32,6 +32,9 @@ class Parametric(RealPredictive):
         Univariate and continuous, in target units: batch shape (n,) or (n, m), or (n,) with event
         shape (m,) by ``.to_event(1)``. Families with a cumulative distribution in PyTorch, Pyro or
         SciPy, their transforms (``TransformedDistribution``), mixtures (``MixtureSameFamily``).
+    epistemic_share : Tensor, broadcastable to the batch of ``base``, optional
+        Share of the variance, in [0, 1), that is uncertainty about the model, where a method has
+        integrated it out in closed form.
 
     Raises
     ------
@@ -46,7 +49,8 @@ class Parametric(RealPredictive):
 
     Notes
     -----
-    One parameter value makes one draw: ``aleatoric`` is the whole variance, ``epistemic`` raises.
+    Without ``epistemic_share``, ``aleatoric`` is the whole variance and ``epistemic`` raises: there
+    is one parameter value.
     ``log_prob``, ``mean``, ``variance`` and ``rsample`` carry gradients where PyTorch's do; the
     rest is computed in float64 without. What PyTorch leaves undefined stays so: the variance of a
     Student t is inf for df <= 2 and nan for df <= 1, the mode of a Uniform nan.
@@ -78,6 +82,7 @@ class Parametric(RealPredictive):
         self,
         base: td.Distribution,
         *,
+        epistemic_share: Tensor | None = None,
         event_dim: int = 0,
         validate_args: bool | None = None,
     ) -> None:
@@ -86,7 +91,13 @@ class Parametric(RealPredictive):
             base = base.base_dist
         if validate_args is not False:
             base = _checked(base, event_dim)
+        share = epistemic_share
+        if share is not None:
+            share = share.expand(base.batch_shape)
+            if validate_args is not False and not bool(((share >= 0) & (share < 1)).all()):
+                raise ParameterError("Parametric: epistemic_share must lie in [0, 1).")
         self.base = base
+        self.epistemic_share = share
         self._event_dim = event_dim
         cut = len(base.batch_shape) - event_dim
         super().__init__(base.batch_shape[:cut], base.batch_shape[cut:], validate_args=False)
@@ -118,16 +129,20 @@ class Parametric(RealPredictive):
         return self.expand((1, *self.batch_shape))
 
     def _map(self, f: Function, event_dim: int | None = None) -> Self:
-        base = rebuild(self.base, f, self.base.batch_shape)
-        event_dim = self._event_dim if event_dim is None else event_dim
-        return type(self)(base, event_dim=event_dim, validate_args=False)
+        share = self.epistemic_share
+        return type(self)(
+            rebuild(self.base, f, self.base.batch_shape),
+            epistemic_share=None if share is None else f(share),
+            event_dim=self._event_dim if event_dim is None else event_dim,
+            validate_args=False,
+        )
 
     def _rows(self, key: Any) -> Self:
         before = len(self.base.batch_shape)
         return self._map(lambda t: t[(slice(None),) * (t.ndim - before) + (key,)])
 
     def _kind(self) -> tuple[Any, ...]:
-        return (*super()._kind(), structure(self.base))
+        return (*super()._kind(), structure(self.base), self.epistemic_share is None)
 
     def expand(self, batch_shape: Any, _instance: None = None) -> Self:
         """Return the distribution with its batch shape expanded to ``batch_shape``."""
@@ -156,13 +171,32 @@ class Parametric(RealPredictive):
         return self._regrouped(0) if self._event_dim else self
 
     def _regrouped(self, event_dim: int) -> Self:
-        same = type(self)(self.base, event_dim=event_dim, validate_args=False)
+        same = self._map(lambda t: t, event_dim)
         same.index = self.index
         return same
 
     def output(self, j: int) -> Self:
         """Marginal distribution of output ``j`` of batch shape (n, m), batch shape (n,)."""
         return self._map(lambda t: t[..., j], event_dim=0)
+
+    def affine(self, shift: Tensor | float, factor: Tensor | float) -> Self:
+        """Distribution of ``shift + factor * y``, with ``factor`` > 0, for a location and scale."""
+        base: Any = self.base
+        if set(base.arg_constraints) - {"df"} != {"loc", "scale"}:
+            raise NotImplementedError(
+                f"Parametric.affine needs a family with loc and scale, not {type(base).__name__}; "
+                "wrap it in a TransformedDistribution first."
+            )
+        if not bool((torch.as_tensor(factor) > 0).all()):
+            raise ParameterError("Parametric.affine: factor must be > 0.")
+        kept = {"df": base.df} if "df" in base.arg_constraints else {}
+        loc, scale = base.loc * factor + shift, base.scale * factor
+        return type(self)(
+            type(base)(loc=loc, scale=scale, **kept, validate_args=False),
+            epistemic_share=self.epistemic_share,
+            event_dim=self._event_dim,
+            validate_args=False,
+        )
 
     # -- moments -----------------------------------------------------------------------------
 
@@ -184,13 +218,27 @@ class Parametric(RealPredictive):
 
     @property
     def aleatoric(self) -> Tensor:
-        """The whole variance, in squared target units."""
-        return self.variance
+        """Variance that is not ``epistemic``, in squared target units."""
+        if self.epistemic_share is None:
+            return self.variance
+        return (1 - self.epistemic_share) * self.variance
 
     @property
     def epistemic(self) -> Tensor:
-        """None for a single parameter value: raises NoEpistemicError."""
-        raise self._no_epistemic()
+        """Variance that comes from uncertainty about the model, in squared target units.
+
+        Raises
+        ------
+        NoEpistemicError
+            If there is a single parameter value, without ``epistemic_share``.
+        """
+        if self.epistemic_share is None:
+            raise self._no_epistemic()
+        return self.epistemic_share * self.variance
+
+    @property
+    def _has_epistemic(self) -> bool:
+        return self.epistemic_share is not None
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,29 @@
 """Algorithms that find a posterior, usable from plain torch or Pyro without an estimator."""
 
 from uq.inference.ivon import IVON
-from uq.inference.posterior import DrawsPosterior, LastLayerPosterior, NormalPosterior, Posterior
+from uq.inference.ivon_influence import LeaveOneOut, leave_one_out
+from uq.inference.ivon_merging import merge
+from uq.inference.posterior import (
+    DrawsPosterior,
+    LastLayerPosterior,
+    MixturePosterior,
+    NormalPosterior,
+    Posterior,
+)
 from uq.inference.training import TrainingState, train
+from uq.inference.vbll import post_train
 
 __all__ = [
     "IVON",
     "DrawsPosterior",
     "LastLayerPosterior",
+    "LeaveOneOut",
+    "MixturePosterior",
     "NormalPosterior",
     "Posterior",
     "TrainingState",
+    "leave_one_out",
+    "merge",
+    "post_train",
     "train",
 ]

@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from uq.distributions import CategoricalMixture, NormalMixture, Predictive
+from uq.distributions import (
+    CategoricalMixture,
+    NormalMixture,
+    Parametric,
+    Predictive,
+    RealPredictive,
+)
 from uq.errors import DataError, ParameterError
 from uq.inference.data import ArrayBatches, LoaderBatches
 from uq.inference.posterior import Posterior
@@ -738,7 +744,7 @@ class Regressor(RegressorMixin, Estimator):
     def _encode_targets(self, y: np.ndarray) -> np.ndarray:
         return self._scale_targets(self._as_real(y).reshape(len(y), -1))
 
-    def _user_scale(self, dist: NormalMixture) -> Predictive:
+    def _user_scale(self, dist: NormalMixture | Parametric) -> Predictive:
         dist = dist.affine(torch.as_tensor(self.y_mean_), torch.as_tensor(self.y_scale_))
         return dist.output(0) if self.y_is_1d_ else dist
 
@@ -746,7 +752,7 @@ class Regressor(RegressorMixin, Estimator):
         values = values * self.y_scale_ + self.y_mean_
         return values[..., 0] if self.y_is_1d_ else values
 
-    def _log_prob(self, dist: NormalMixture, y: Any) -> Tensor:
+    def _log_prob(self, dist: RealPredictive, y: Any) -> Tensor:
         y = torch.tensor(self._as_real(y))
         if y.shape != dist.batch_shape:
             raise DataError(
@@ -762,14 +768,14 @@ class Regressor(RegressorMixin, Estimator):
     def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Predict equal-tailed intervals: lower and upper ends, each (n,) or (n, m)."""
         dist = self.predict_distribution(X)
-        assert isinstance(dist, NormalMixture)
+        assert isinstance(dist, RealPredictive)
         lower, upper = dist.interval(coverage)
         return lower.numpy(), upper.numpy()
 
     def predict_quantiles(self, X: Any, q: Any) -> np.ndarray:
         """Predict quantiles at levels ``q``: (n[, m]) for one level, (Q, n[, m]) for several."""
         dist = self.predict_distribution(X)
-        assert isinstance(dist, NormalMixture)
+        assert isinstance(dist, RealPredictive)
         return dist.quantile(q).numpy()
 
     def __sklearn_tags__(self) -> Any:

@@ -5,7 +5,22 @@ from uq.nn.bodies import MLP, ConvNet
 from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
 from uq.nn.network import Network
 from uq.nn.priors import NormalPrior
-from uq.nn.vbll import BayesianLastLayer, CategoricalLastLayer, NormalLastLayer
+from uq.nn.vbll import (
+    BayesianLastLayer,
+    VBLLHeteroscedasticRegression,
+    VBLLRegression,
+    VBLLStudentTRegression,
+)
+from uq.nn.vbll_classification import (
+    VBLLClassification,
+    VBLLGenerativeClassification,
+    VBLLHeteroscedasticClassification,
+)
+from uq.nn.vbll_statistics import ClassStatistics, LinearStatistics
+
+# Names of the first release's two heads.
+NormalLastLayer = VBLLRegression
+CategoricalLastLayer = VBLLClassification
 
 __all__ = [
     "MLP",
@@ -13,10 +28,18 @@ __all__ = [
     "BayesianNetwork",
     "CategoricalLastLayer",
     "CategoricalLikelihood",
+    "ClassStatistics",
     "ConvNet",
     "Likelihood",
+    "LinearStatistics",
     "Network",
     "NormalLastLayer",
     "NormalLikelihood",
     "NormalPrior",
+    "VBLLClassification",
+    "VBLLGenerativeClassification",
+    "VBLLHeteroscedasticClassification",
+    "VBLLHeteroscedasticRegression",
+    "VBLLRegression",
+    "VBLLStudentTRegression",
 ]
