@@ -62,7 +62,8 @@ def reliability_curve(rows: ClassificationRows) -> Curve:
 
 def pit_curve(rows: RegressionRows) -> Curve:
     """Count, share and band of each of 20 bins of the PIT values, outputs pooled."""
-    count, edges = np.histogram(rows.pit, PIT_BINS, (0.0, 1.0))
+    pit = rows.random_pit(np.random.default_rng(0))
+    count, edges = np.histogram(pit, PIT_BINS, (0.0, 1.0))
     # Outputs of a row may depend on one another, so the band counts rows, not values.
     low, high = binomial_band(np.full(PIT_BINS, len(rows.pit)), np.full(PIT_BINS, 1 / PIT_BINS))
     return {
@@ -78,8 +79,8 @@ def pit_curve(rows: RegressionRows) -> Curve:
 def coverage_curve(rows: RegressionRows) -> Curve:
     """Share of targets inside the equal-tailed interval of each nominal coverage."""
     nominal = np.arange(5, 100, 5) / 100
-    # The narrowest interval that holds y has coverage |2F(y) − 1|.
-    needed = np.abs(2 * rows.pit.ravel() - 1)
+    # The narrowest interval that holds y has coverage |2F(y) − 1|, where F does not jump.
+    needed = np.maximum(1 - 2 * rows.pit, 2 * rows.least_level - 1).ravel()
     share = np.searchsorted(np.sort(needed), nominal, side="right") / needed.size
     low, high = binomial_band(np.full(len(nominal), len(rows.pit)), nominal)
     return {
