@@ -57,25 +57,36 @@ def estimate(rows, metric, **settings):
 # -- closed forms ------------------------------------------------------------------------------
 
 
-def test_interval_of_a_symmetric_mean_is_the_normal_one():
-    x = 2 + stats.norm.ppf((np.arange(400) + 0.5) / 400) / 4
-    e = estimate(losses(x), NLL, n_resamples=4000)
-    se = x.std() / 20
-    # A 2.5 % quantile of R draws has the error √(.025 · .975/R)/φ(1.96) = .042 se; 5 of them.
-    assert [e.low, e.high] == pytest.approx([2 - 1.96 * se, 2 + 1.96 * se], abs=0.21 * se)
+@pytest.mark.parametrize("n", [12, 400])
+def test_interval_of_a_symmetric_mean_is_students(n):
+    x = 2 + stats.norm.ppf((np.arange(n) + 0.5) / n) / 4
+    e = estimate(losses(x), NLL, n_resamples=20_000)
+    se = x.std(ddof=1) / np.sqrt(n)
+    t = stats.t.ppf(0.975, n - 1)
+    # A 1 % quantile of R draws has the error √(.01 · .99/R)/φ(2.3) = .025 se; 5 of them. The normal
+    # interval of 12 rows is .34 se away.
+    assert [e.low, e.high] == pytest.approx([2 - t * se, 2 + t * se], abs=0.13 * se)
     assert e.value == pytest.approx(2)
 
 
 def test_interval_of_a_skewed_mean_is_the_bca_interval_of_scipy():
-    x = stats.expon.ppf((np.arange(60) + 0.5) / 60)
+    n = 60
+    x = stats.expon.ppf((np.arange(n) + 0.5) / n)
     e = estimate(losses(x), NLL, n_resamples=40_000)
-    peer = stats.bootstrap((x,), np.mean, n_resamples=40_000, method="BCa", rng=1)
+    level = 1 - 2 * stats.norm.sf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
+
+    def peer(method):
+        found = stats.bootstrap(
+            (x,), np.mean, n_resamples=40_000, confidence_level=level, method=method, rng=1
+        )
+        return found.confidence_interval
+
+    se = x.std() / np.sqrt(n)
     # Each has an error of .013 se from its quantiles, SciPy another .013 from its estimate of the
     # bias; plain percentiles are .23 se away.
-    low, high = peer.confidence_interval
-    assert [e.low, e.high] == pytest.approx([low, high], abs=0.11 * peer.standard_error)
-    plain = stats.bootstrap((x,), np.mean, n_resamples=40_000, method="percentile", rng=1)
-    assert e.low - plain.confidence_interval.low > 0.15 * peer.standard_error
+    low, high = peer("BCa")
+    assert [e.low, e.high] == pytest.approx([low, high], abs=0.11 * se)
+    assert e.low - peer("percentile").low > 0.15 * se
 
 
 @pytest.mark.parametrize("right", [0, 13, 20])

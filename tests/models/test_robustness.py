@@ -97,6 +97,7 @@ class Normed(nn.Sequential):
         super().__init__(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 1))
 
 
+@pytest.mark.filterwarnings("ignore:IVONRegressor. module holds BatchNorm1d, Dropout")
 @pytest.mark.parametrize("kind", [uq.MAPRegressor, uq.IVONRegressor, uq.EnsembleRegressor])
 def test_batch_norm_with_one_row_left_over(kind):
     X, y = line(33)

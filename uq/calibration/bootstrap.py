@@ -250,26 +250,31 @@ def estimates(
                 estimate = _share_estimate(value, replicates, definition, rows, settings)
             else:
                 z0, acceleration = _corrections(value, replicates, definition, rows)
-                ends = _bca(replicates, z0, acceleration, settings)
+                n = None if rows is None else len(rows.y)
+                ends = _bca(replicates, z0, acceleration, settings, n)
                 estimate = Estimate(value, *ends)
             found[-1][definition.name] = estimate
     return found
 
 
 def _bca(
-    replicates: Floats, z0: float, acceleration: float, settings: Resampling
+    replicates: Floats, z0: float, acceleration: float, settings: Resampling, n: int | None
 ) -> tuple[float, float]:
     """Ends of the bias-corrected and accelerated percentile interval (Efron, JASA 1987).
 
     Quantiles of the replicates at levels Φ(z₀ + (z₀ + z)/(1 − a (z₀ + z))); plain percentiles where
-    z₀ and a are 0. Invariant under monotone transforms.
+    z₀ and a are 0. Invariant under monotone transforms. Resamples of few rows scatter too little:
+    z is a t quantile times √(n/(n − 1)) (Hesterberg, The American Statistician 2015).
     """
-    from scipy.special import ndtr, ndtri
+    from scipy.special import ndtr, ndtri, stdtrit
 
     known = replicates[~np.isnan(replicates)]  # a resample without any error has no AUROC of errors
     if len(known) == 0:
         return np.nan, np.nan
-    moved = z0 + ndtri(settings.tails)
+    z = ndtri(settings.tails)
+    if n is not None:
+        z = np.sqrt(n / (n - 1)) * stdtrit(n - 1, settings.tails)
+    moved = z0 + z
     levels = ndtr(z0 + moved / (1 - acceleration * moved))
     # Quantiles that are replicates themselves stay defined where some replicates are infinite.
     low, high = np.quantile(known, levels, method="inverted_cdf")
@@ -353,7 +358,7 @@ def _share_estimate(
 
     if isinstance(rows, RegressionRows) and rows.y.shape[1] > 1:
         # Outputs of a row depend on one another.
-        return Estimate(value, *_bca(replicates, 0.0, 0.0, settings))
+        return Estimate(value, *_bca(replicates, 0.0, 0.0, settings, len(rows.y)))
     n = len(rows.y)
     test = binomtest(round(value * n), n, 0.5 if metric.target is None else metric.target)
     exact = test.proportion_ci(settings.interval)

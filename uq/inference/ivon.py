@@ -22,52 +22,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from uq.errors import ParameterError, UQError
-
-
-class IVONStateError(UQError, RuntimeError):
-    """The optimizer was used in an order that cannot work."""
-
-
-class _Group:
-    """Flat buffers of one parameter group; per-parameter tensors are views of them.
-
-    One flat vector makes a step about twenty tensor operations whatever the number of layers.
-    Parameters keep their own storage: values are copied in and out, never re-pointed.
-    """
-
-    def __init__(self, parameters: list[Tensor], init_hess: float) -> None:
-        kinds = {(p.dtype, p.device) for p in parameters}
-        if any(not p.dtype.is_floating_point or p.dtype.itemsize < 4 for p in parameters):
-            raise ParameterError(
-                "IVON: parameters must be float32 or float64 (in fewer bits, steps vanish in the "
-                "rounding); train in mixed precision by autocast instead."
-            )
-        if len(kinds) > 1:
-            raise ParameterError(
-                "IVON: the parameters of one group must share dtype and device, got "
-                f"{sorted(map(str, kinds))}; give each kind a group of its own."
-            )
-        self.parameters = parameters
-        sizes = [p.numel() for p in parameters]
-        like = parameters[0]
-
-        def buffer(fill: float = 0.0) -> Tensor:
-            return torch.full((sum(sizes),), fill, dtype=like.dtype, device=like.device)
-
-        def views(flat: Tensor) -> list[Tensor]:
-            parts = flat.split(sizes)
-            return [v.view(p.shape) for v, p in zip(parts, parameters, strict=True)]
-
-        self.mean, self.hess, self.momentum = buffer(), buffer(init_hess), buffer()
-        self.noise, self.scratch = buffer(), buffer()
-        self.grad, self.price, self.std = buffer(), buffer(), buffer()
-        self.mean_views, self.hess_views = views(self.mean), views(self.hess)
-        self.momentum_views, self.scratch_views = views(self.momentum), views(self.scratch)
-        self.grad_views = views(self.grad)
+from uq.errors import ParameterError
+from uq.inference.ivon_blocks import FlatGroup
+from uq.inference.ivon_checks import (
+    Diagnostics,
+    IVONStateError,
+    check_group,
+    check_memory,
+    check_ranks,
+    diagnose,
+    warn_about,
+)
+from uq.inference.posterior import NormalPosterior
+from uq.nn.network import Network
 
 
 class IVON(Optimizer):
@@ -98,8 +68,14 @@ class IVON(Optimizer):
         Multiply ``lr`` by h₀ + δ.
     debias : bool, default=True
         Bias-correct the gradient momentum, as Adam does.
+    sync : bool, default=False
+        Average over the processes of ``torch.distributed``. Each process takes the gradient of
+        its own batch at its own noise, so give each a ``generator`` with a seed of its own and
+        keep DDP from averaging gradients (``with model.no_sync():`` around forward and backward):
+        the noise of one process times a mean gradient would divide the curvature by their number.
     generator : torch.Generator, optional
-        Source of the weight noise, on the parameters' device; torch's global one by default.
+        Source of the weight noise, on the parameters' device; torch's global one by default. Its
+        state is part of ``state_dict``.
 
     Raises
     ------
@@ -113,8 +89,20 @@ class IVON(Optimizer):
     samples. Several ``backward`` calls within one entry add up their gradients (accumulation under
     one noise), so divide the loss by their number.
 
+    Whatever changes gradients (norm clipping) belongs inside the context, after ``backward``.
+    ``GradScaler.step`` may unscale them later; a capture with gradients that overflowed, whose
+    ``step`` it left out, is dropped.
+
     A parameter without gradient counts as having gradient zero: its curvature decays and its
-    posterior returns to the prior.
+    posterior returns to the prior. Without prior (``weight_decay=0``) it has none: an error.
+    A group with ``weight_decay=0`` has a flat prior; its standard deviation is unbounded where the
+    loss is flat, and a small decay is safer.
+
+    Batch normalisation does not fit: its running statistics are collected under noisy weights and
+    are wrong at the mean. Dropout adds gradient noise, which lifts the curvature.
+
+    Memory beside parameters and gradients is three vectors of the parameters' size, and two more
+    while a step has several samples or processes. Storages of parameters are never replaced.
 
     Examples
     --------
@@ -146,16 +134,19 @@ class IVON(Optimizer):
         clip_radius: float = math.inf,
         rescale_lr: bool = True,
         debias: bool = True,
+        sync: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        if mc_samples < 1:
-            raise ParameterError(f"IVON: mc_samples must be >= 1, got {mc_samples!r}.")
+        if not isinstance(mc_samples, int) or mc_samples < 1:
+            raise ParameterError(f"IVON: mc_samples must be an integer >= 1, got {mc_samples!r}.")
         self.mc_samples = mc_samples
+        self.sync = sync
         self.generator = generator
-        self._flat: list[_Group] = []
-        self._count = 0
-        self._sampled = False
-        self._warned = False
+        self._flat: list[FlatGroup] = []
+        # Gradients of the last sample, with their version at capture; not yet in the sums.
+        self._pending: list[list[Tensor]] | None = None
+        self._versions: list[int] = []
+        self._warned = self._ranks_checked = False
         defaults = {
             "lr": lr,
             "ess": ess,
@@ -171,7 +162,7 @@ class IVON(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with flat buffers of its own; frozen parameters are left out."""
+        """Add a group, with state of its own; frozen parameters are left out."""
         given = param_group["params"]
         listed = [given] if isinstance(given, Tensor) else list(given)
         super().add_param_group(
@@ -179,19 +170,22 @@ class IVON(Optimizer):
         )
         group = self.param_groups[-1]
         try:
-            _check_group(group)
-            flat = _Group(group["params"], group["hess_init"])
+            check_group(group)
+            check_memory([p for g in self.param_groups for p in g["params"]])
         except ParameterError:
             self.param_groups.pop()
             raise
+        flat = FlatGroup(group["params"], group["hess_init"])
         self._flat.append(flat)
         self._publish(group, flat)
 
-    def _publish(self, group: dict[str, Any], flat: _Group) -> None:
-        """Show the flat buffers as per-parameter state, and refresh what derives from them."""
+    def _publish(self, group: dict[str, Any], flat: FlatGroup) -> None:
+        """Show the flat vectors as per-parameter state."""
         for p, h, g in zip(group["params"], flat.hess_views, flat.momentum_views, strict=True):
             self.state[p] = {"hess": h, "momentum": g}
-        _update_std(group, flat)
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], FlatGroup]]:
+        return zip(self.param_groups, self._flat, strict=True)
 
     # -- sampling ----------------------------------------------------------------------------
 
@@ -204,49 +198,78 @@ class IVON(Optimizer):
         train : bool, default=False
             Take the gradients that are there on exit as one Monte-Carlo sample for ``step``.
             An exception inside restores the mean and takes nothing.
+
+        Raises
+        ------
+        IVONStateError
+            If it is entered twice, or captured gradients were changed since.
         """
-        self._perturb()
+        grads = None
+        self._open()
         try:
+            self._perturb()
             yield
             if train:
-                self._capture()
+                grads = self._gradients()
         finally:
             self._restore()
+        if grads is not None:
+            self._capture(grads)
+
+    @torch.no_grad()
+    def _open(self) -> None:
+        """Make room for a sample: add the one before to the sums."""
+        if self._holds_sample:
+            raise IVONStateError("IVON: sampled_params is already entered; it cannot be nested.")
+        if self._pending is not None:
+            self._check_versions(self._pending)
+            # Where gradients overflowed, a GradScaler left the step out: so do we the capture.
+            if all(bool(g.isfinite().all()) for grads in self._pending for g in grads):
+                self._accumulate(self._pending)
+            self._pending = None
+
+    @property
+    def _holds_sample(self) -> bool:
+        return any(flat.sampled for flat in self._flat)
 
     @torch.no_grad()
     def _perturb(self) -> None:
-        if self._sampled:
-            raise IVONStateError("IVON: sampled_params is already entered; it cannot be nested.")
-        for flat in self._flat:
-            torch._foreach_copy_(flat.mean_views, flat.parameters)
-            flat.noise.normal_(generator=self.generator).mul_(flat.std)
-            torch.add(flat.mean, flat.noise, out=flat.scratch)
-            torch._foreach_copy_(flat.parameters, flat.scratch_views)
-        self._sampled = True
+        for group, flat in self._groups():
+            flat.perturb(group["ess"], group["weight_decay"], self.generator)
 
     @torch.no_grad()
     def _restore(self) -> None:
-        for flat in self._flat:
-            torch._foreach_copy_(flat.parameters, flat.mean_views)
-        self._sampled = False
+        try:
+            for flat in self._flat:
+                flat.restore()
+        except BaseException:  # an interrupt: the rest of the mean first
+            for flat in self._flat:
+                flat.restore()
+            raise
 
-    @torch.no_grad()
-    def _capture(self) -> None:
-        for flat in self._flat:
-            grads = [p.grad for p in flat.parameters if p.grad is not None]
-            if len(grads) < len(flat.parameters):
-                self._warn_missing()
-                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in flat.parameters]
-            if self._count == 0:
-                torch._foreach_copy_(flat.grad_views, grads)
-                torch.mul(flat.noise, flat.grad, out=flat.price)
-            else:
-                torch._foreach_copy_(flat.scratch_views, grads)
-                flat.grad.add_(flat.scratch)
-                flat.price.addcmul_(flat.noise, flat.scratch)
-        self._count += 1
+    def _gradients(self) -> list[list[Tensor]]:
+        """Gradients by group; zeros where there is none."""
+        everything = []
+        for group, flat in self._groups():
+            grads = []
+            for p in flat.parameters:
+                grad = p.grad
+                if grad is None:
+                    self._missing(group)
+                    grad = torch.zeros_like(p)
+                if grad.is_sparse:
+                    raise ParameterError("IVON: gradients must be dense; use sparse=False.")
+                grads.append(grad.contiguous() if p.is_contiguous() else grad)
+            everything.append(grads)
+        return everything
 
-    def _warn_missing(self) -> None:
+    def _missing(self, group: dict[str, Any]) -> None:
+        if group["weight_decay"] == 0:
+            raise IVONStateError(
+                "IVON: a parameter of a group with weight_decay=0 has no gradient: with neither "
+                "data nor prior it has no posterior. Freeze it (requires_grad=False), or give the "
+                "group a weight_decay."
+            )
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -256,8 +279,34 @@ class IVON(Optimizer):
                 stacklevel=4,
             )
 
+    def _capture(self, grads: list[list[Tensor]]) -> None:
+        # Gradients are kept by reference, which saves a copy of them; their version counters tell
+        # whether someone wrote to them before they were used.
+        self._pending = grads
+        self._versions = [g._version for part in grads for g in part]
+
+    def _check_versions(self, pending: list[list[Tensor]]) -> None:
+        if [g._version for part in pending for g in part] != self._versions:
+            self._drop()
+            raise IVONStateError(
+                "IVON: gradients were changed after sampled_params took them. Clip inside the "
+                "context, after backward, and zero gradients by zero_grad(set_to_none=True); the "
+                "captured samples are dropped."
+            )
+
+    def _accumulate(self, pending: list[list[Tensor]]) -> None:
+        for flat, grads in zip(self._flat, pending, strict=True):
+            flat.accumulate(grads)
+
+    def _drop(self) -> None:
+        """Forget the captured samples."""
+        self._pending = None
+        for flat in self._flat:
+            flat.clear()
+
     # -- step ----------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update mean and curvature.
 
@@ -274,39 +323,90 @@ class IVON(Optimizer):
         Raises
         ------
         IVONStateError
-            Without closure, if no gradients were taken inside ``sampled_params(train=True)``.
+            Without closure, if no gradients were taken inside ``sampled_params(train=True)``, or
+            if they were changed since.
         """
+        if self._holds_sample:
+            raise IVONStateError("IVON.step: leave the sampled_params context first.")
         loss = None
-        if closure is not None:
-            self._count = 0
-            for _ in range(self.mc_samples):
-                with self.sampled_params(train=True), torch.enable_grad():
-                    loss = closure()
-        if self._count == 0:
-            raise IVONStateError(
-                "IVON.step: no gradient was captured; call backward inside "
-                "`with optimizer.sampled_params(train=True):`, or pass a closure."
-            )
-        for group, flat in zip(self.param_groups, self._flat, strict=True):
-            _update(group, flat, self._count)
-        self._count = 0
+        try:
+            if closure is not None:
+                loss = self._run(closure)
+            pending = self._pending
+            if pending is not None:
+                self._check_versions(pending)
+                if self.sync and not self._ranks_checked:
+                    check_ranks(pending, self._flat)
+                    self._ranks_checked = True
+                if self.sync or self._flat[0].n_summed:
+                    self._accumulate(pending)
+                    pending = None
+            elif not self._flat[0].n_summed:
+                raise IVONStateError(
+                    "IVON.step: no gradient was captured; call backward inside "
+                    "`with optimizer.sampled_params(train=True):`, or pass a closure."
+                )
+            for i, (group, flat) in enumerate(self._groups()):
+                if self.sync:
+                    flat.reduce()
+                flat.update(group, None if pending is None else pending[i])
+        finally:
+            self._restore()  # after an exception; otherwise there is nothing to restore
+            self._drop()
+        return loss
+
+    def _run(self, closure: Callable[[], Any]) -> Any:
+        """Capture the samples of a step."""
+        self._drop()
+        loss = None
+        for left in reversed(range(self.mc_samples)):
+            self._open()
+            self._perturb()
+            with torch.enable_grad():
+                loss = closure()
+            grads = self._gradients()
+            # A single sample stays in place: the update restores the mean on its way.
+            if self.mc_samples > 1 or self.sync:
+                self._restore()
+            if left:
+                self._accumulate(grads)
+            else:
+                self._capture(grads)
         return loss
 
     # -- state ---------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """Curvature, momentum, settings and step counts, and the state of a ``generator``.
+
+        Samples that were captured and not yet used are not part of it.
+        """
+        state = super().state_dict()
+        if self.generator is not None:
+            state["generator"] = self.generator.get_state()
+        return state
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load curvature, momentum and step counts; training then resumes bit for bit."""
+        """Load what :meth:`state_dict` gave; training then resumes bit for bit.
+
+        Without a ``generator``, torch's global random state has to be restored beside it.
+        """
         super().load_state_dict(state_dict)
-        for group, flat in zip(self.param_groups, self._flat, strict=True):
+        for group, flat in self._groups():
             for i, p in enumerate(group["params"]):
                 flat.hess_views[i].copy_(self.state[p]["hess"])
                 flat.momentum_views[i].copy_(self.state[p]["momentum"])
             self._publish(group, flat)
-        self._count = 0
+        if self.generator is not None and "generator" in state_dict:
+            self.generator.set_state(state_dict["generator"])
+        self._drop()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be pickled or deep-copied: the copy would not share the parameters' buffers."""
         raise TypeError("IVON cannot be pickled or copied; save its state_dict() instead.")
+
+    # -- posterior -----------------------------------------------------------------------------
 
     def posterior_std(self) -> dict[Tensor, Tensor]:
         """Posterior standard deviation of each parameter, σ = 1/√(λ(h + δ))."""
@@ -316,66 +416,93 @@ class IVON(Optimizer):
             for p in group["params"]
         }
 
+    def sample(
+        self, module: nn.Module, n: int = 1, *, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Draw weights of ``module`` from the posterior, for ``torch.func.functional_call``.
+
+        Parameters
+        ----------
+        module : Module
+            Holds the parameters that are optimized; gives their names. Nothing in it changes.
+        n : int, default=1
+            Number of draws.
+        generator : torch.Generator, optional
+            Source of the noise; by default the optimizer's.
+
+        Returns
+        -------
+        dict of Tensor
+            Draws of each optimized parameter of ``module`` by name, stacked on a first axis of n.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch.func import functional_call, vmap
+        >>> from uq.inference import IVON
+        >>> net = torch.nn.Linear(3, 2)
+        >>> weights = IVON(net.parameters(), 0.1, ess=100).sample(net, 5)
+        >>> vmap(lambda w: functional_call(net, w, (torch.ones(4, 3),)))(weights).shape
+        torch.Size([5, 4, 2])
+        """
+        self._need_mean("sample")
+        generator = self.generator if generator is None else generator
+        stds = self.posterior_std()
+        draws = {}
+        for name, p in module.named_parameters():
+            if p in stds:
+                noise = torch.empty(n, *p.shape, dtype=p.dtype, device=p.device)
+                noise.normal_(generator=generator)
+                draws[name] = noise.mul_(stds[p]).add_(p.detach())
+        return draws
+
+    def posterior(self, network: Network, seed: int = 0) -> NormalPosterior:
+        """Posterior over the weights of ``network``, which predicts and can be saved.
+
+        Parameters
+        ----------
+        network : Network
+            Holds the parameters that are optimized: ``Network(module, likelihood)``. It becomes
+            part of the posterior, as its mean.
+        seed : int, default=0
+            Seed of the draws that a prediction uses.
+        """
+        self._need_mean("posterior")
+        stds = self.posterior_std()
+        named = {name: stds[p] for name, p in network.named_parameters() if p in stds}
+        return NormalPosterior(network, named, seed)
+
+    def _need_mean(self, what: str) -> None:
+        if self._holds_sample:
+            raise IVONStateError(f"IVON.{what}: the parameters hold a sample; leave the context.")
+
     @property
     def curvature(self) -> list[Tensor]:
         """Flat curvature h of each group, the live buffer."""
         return [flat.hess for flat in self._flat]
+
+    def diagnostics(self, *, warn: bool = True) -> list[Diagnostics]:
+        """Tell for each group what became of its curvature.
+
+        Parameters
+        ----------
+        warn : bool, default=True
+            Warn where it is not to be trusted.
+
+        Warns
+        -----
+        CurvatureWarning
+            If the curvature hardly moved from ``hess_init``, if most of it is gradient noise, or
+            if weights without prior have lost theirs.
+        """
+        found = [diagnose(group, flat) for group, flat in self._groups()]
+        if warn:
+            for diagnosis, group in zip(found, self.param_groups, strict=True):
+                warn_about(diagnosis, group)
+        return found
 
 
 def _parameter(item: Any) -> Tensor:
     """Tensor of an entry of ``params``, which may be a (name, tensor) pair."""
     tensor: Tensor = item[1] if isinstance(item, tuple) else item
     return tensor
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    def need(name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ParameterError(f"IVON: {name} must be {expected}, got {group[name]!r}.")
-
-    if not group["params"]:
-        raise ParameterError("IVON: a group has no parameter that requires gradients.")
-    need("lr", group["lr"] >= 0, ">= 0")
-    need("ess", group["ess"] > 0, "> 0")
-    need("weight_decay", group["weight_decay"] >= 0, ">= 0")
-    need("beta1", 0 <= group["beta1"] < 1, "in [0, 1)")
-    need("beta2", 0 <= group["beta2"] <= 1, "in [0, 1]")
-    need("clip_radius", group["clip_radius"] > 0, "> 0")
-    positive = group["hess_init"] + group["weight_decay"] > 0
-    need("hess_init", positive and group["hess_init"] >= 0, ">= 0, and > 0 without weight_decay")
-
-
-def _update_std(group: dict[str, Any], flat: _Group) -> None:
-    with torch.no_grad():
-        torch.add(flat.hess, group["weight_decay"], out=flat.std)
-        flat.std.mul_(group["ess"]).rsqrt_()
-
-
-@torch.no_grad()
-def _update(group: dict[str, Any], flat: _Group, count: int) -> None:
-    """Steps 5 to 8 of the algorithm, in place over the flat buffers."""
-    lam, delta = group["ess"], group["weight_decay"]
-    rho = 1 - group["beta2"]
-    group["step"] += 1
-    flat.momentum.mul_(group["beta1"]).add_(flat.grad, alpha=(1 - group["beta1"]) / count)
-
-    # With a = h + δ and x = ρ(ĥ − h)/a the update is h + a(x + x²/2); x is formed without adding
-    # 1 to it, since ρ near 1e-5 would drown in float32 rounding.
-    a = torch.add(flat.hess, delta, out=flat.std)
-    torch.div(flat.hess, a, out=flat.scratch)
-    x = flat.price.mul_(rho * lam / count).sub_(flat.scratch, alpha=rho)
-    x.addcmul_(x, x, value=0.5)
-    flat.hess.addcmul_(a, x)
-
-    a = torch.add(flat.hess, delta, out=flat.std)
-    bias = 1 - group["beta1"] ** group["step"] if group["debias"] else 1.0
-    direction = torch.mul(flat.momentum, 1 / bias, out=flat.scratch)
-    direction.add_(flat.mean, alpha=delta)
-    lr = group["lr"] * (group["hess_init"] + delta if group["rescale_lr"] else 1.0)
-    if math.isinf(group["clip_radius"]):
-        flat.mean.addcdiv_(direction, a, value=-lr)
-    else:
-        radius = group["clip_radius"]
-        flat.mean.add_(direction.div_(a).clamp_(-radius, radius), alpha=-lr)
-    a.mul_(lam).rsqrt_()  # flat.std now holds σ
-    torch._foreach_copy_(flat.parameters, flat.mean_views)

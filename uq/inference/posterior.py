@@ -176,6 +176,15 @@ class NormalPosterior(WeightPosterior):
         means = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
         return BayesianNetwork(self.network, prior), normal_guide(means, self.stds)
 
+    def at_mean(self, x: Tensor) -> Predictive:
+        """Predict with the mean weights alone: one forward pass, no epistemic uncertainty."""
+        return self.network.likelihood.predictive(self.outputs_at_mean(x))
+
+    def outputs_at_mean(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the network gives at the mean weights, with an axis of one draw in front."""
+        means = {name: p.detach()[None] for name, p in self.network.named_parameters()}
+        return monte_carlo(self.network, lambda _: means, 1, x)
+
     def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
         """Draw m + σz, each draw from one flat noise vector of its own."""
         stds, means = self.stds, dict(self.network.named_parameters())
@@ -197,6 +206,51 @@ class NormalPosterior(WeightPosterior):
             }
 
         return draw
+
+
+class MixturePosterior(Posterior):
+    """Equal mixture of Normal posteriors over the weights of several networks.
+
+    Parameters
+    ----------
+    members : list of NormalPosterior
+        Over networks of one architecture that were trained from different initial weights; each
+        with a seed of its own.
+    """
+
+    def __init__(self, members: list[NormalPosterior], seed: int = 0) -> None:
+        super().__init__(seed)
+        self._members = nn.ModuleList(members)
+
+    @property
+    def members(self) -> list[NormalPosterior]:
+        """The posteriors that are mixed."""
+        return [cast(NormalPosterior, member) for member in self._members]
+
+    def forward(self, x: Tensor, n_samples: int = 64) -> Predictive:
+        """Mixture over ``n_samples`` weight draws of each member."""
+        return self._mixture(
+            [
+                monte_carlo(m.network, m.sampler(n_samples, m.generator(x.device)), n_samples, x)
+                for m in self.members
+            ]
+        )
+
+    def at_mean(self, x: Tensor) -> Predictive:
+        """Mixture over the mean weights of the members: a deep ensemble."""
+        return self._mixture([m.outputs_at_mean(x) for m in self.members])
+
+    def _mixture(self, parts: list[tuple[Tensor, ...]]) -> Predictive:
+        parameters = tuple(torch.cat(ts) for ts in zip(*parts, strict=True))
+        return self.members[0].network.likelihood.predictive(parameters)
+
+    def functions(self, x: Tensor, n: int) -> Tensor:
+        """Draw n functions, as evenly over the members as n allows."""
+        share, rest = divmod(n, len(self.members))
+        counts = [share + (i < rest) for i in range(len(self.members))]
+        return torch.cat(
+            [m.functions(x, k) for m, k in zip(self.members, counts, strict=True) if k]
+        )
 
 
 class LastLayerPosterior(Posterior):

@@ -18,6 +18,7 @@ from uq.inference.posterior import DrawsPosterior
 from uq.inference.training import TrainingResult, isolated_rng, warn_interrupted
 from uq.models.base import (
     Classifier,
+    Estimator,
     NetworkRegressor,
     TrainingData,
     estimator,
@@ -26,6 +27,26 @@ from uq.models.checks import check_number
 from uq.models.documentation import documented
 from uq.models.map import PointEstimator
 from uq.nn.network import Network
+
+
+def initial_networks(model: Estimator, n: int, data: TrainingData) -> list[Network]:
+    """Make n networks of an estimator with initial weights of their own."""
+    networks = []
+    for member in range(n):
+        with isolated_rng(data.seeds.init + member, data.fabric.device):
+            network = model._network()
+            if isinstance(model.module, nn.Module):  # copies of one network start as one
+                for part in network.body.modules():
+                    if callable(reset := getattr(part, "reset_parameters", None)):
+                        reset()
+        networks.append(network)
+    first, second = ([*network.body.parameters()] for network in networks[:2])
+    if first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+        raise ParameterError(
+            f"{type(model).__name__}: module gives every member the same initial weights; pass "
+            "a function f(d_in, d_out) that makes a new network at each call."
+        )
+    return networks
 
 
 @estimator
@@ -40,7 +61,7 @@ class _Ensemble(PointEstimator):
 
     def _infer(self, data: TrainingData) -> tuple[DrawsPosterior, TrainingResult]:
         networks: list[Network] = []
-        for network in self._initial_networks(data):
+        for network in initial_networks(self, self.n_members, data):
             try:
                 result = self._fit_network(network, data)
             except KeyboardInterrupt:
@@ -58,24 +79,6 @@ class _Ensemble(PointEstimator):
         result.best_epoch = max(result.best_epoch, 1)  # there are members to keep
         self.n_members_ = len(networks)
         return DrawsPosterior.stack(networks, data.seeds.predict), result
-
-    def _initial_networks(self, data: TrainingData) -> list[Network]:
-        networks = []
-        for member in range(self.n_members):
-            with isolated_rng(data.seeds.init + member, data.fabric.device):
-                network = self._network()
-                if isinstance(self.module, nn.Module):  # copies of one network start as one
-                    for part in network.body.modules():
-                        if callable(reset := getattr(part, "reset_parameters", None)):
-                            reset()
-            networks.append(network)
-        first, second = ([*n.body.parameters()] for n in networks[:2])
-        if first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
-            raise ParameterError(
-                f"{type(self).__name__}: module gives every member the same initial weights; pass "
-                "a function f(d_in, d_out) that makes a new network at each call."
-            )
-        return networks
 
     def _build_posterior(self) -> DrawsPosterior:
         return DrawsPosterior.stack([self._network() for _ in range(self.n_members_)])

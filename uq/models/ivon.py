@@ -9,11 +9,20 @@ curvature forgets h₀ within the run.
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import asdict, field
+from typing import Any, cast
 
-from uq.errors import ParameterError
+import numpy as np
+import torch
+from torch import nn
+
+from uq.distributions import Predictive
+from uq.errors import DataError, ParameterError
 from uq.inference.ivon import IVON
-from uq.inference.posterior import NormalPosterior
-from uq.inference.training import TrainingResult, cosine_schedule
+from uq.inference.ivon_influence import LeaveOneOut, leave_one_out
+from uq.inference.posterior import MixturePosterior, NormalPosterior
+from uq.inference.training import TrainingResult, cosine_schedule, warn_interrupted
 from uq.models.base import (
     Classifier,
     Estimator,
@@ -24,7 +33,11 @@ from uq.models.base import (
 )
 from uq.models.checks import check_number
 from uq.models.documentation import documented
+from uq.models.ensemble import initial_networks
+from uq.nn.network import Network
 from uq.nn.priors import NormalPrior
+
+_NOISY = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 @estimator
@@ -37,6 +50,10 @@ class _IVON(Estimator):
     mc_samples: int = 1
     clip_radius: float = math.inf
     n_samples: int = 64
+    n_members: int = 1
+
+    n_members_: int = field(init=False)
+    diagnostics_: dict[str, float] = field(init=False)
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -47,14 +64,46 @@ class _IVON(Estimator):
         check_number(self, "mc_samples", at_least=1, integer=True)
         check_number(self, "clip_radius", above=0)
         check_number(self, "n_samples", at_least=1, integer=True)
+        check_number(self, "n_members", at_least=1, integer=True)
         if self.init_std > self.prior_scale:
             raise ParameterError(
                 f"{type(self).__name__}: init_std must be <= prior_scale (the posterior starts "
                 f"inside the prior), got {self.init_std!r} > {self.prior_scale!r}."
             )
 
-    def _infer(self, data: TrainingData) -> tuple[NormalPosterior, TrainingResult]:
-        network = self._network().to(data.fabric.device)
+    def _infer(
+        self, data: TrainingData
+    ) -> tuple[NormalPosterior | MixturePosterior, TrainingResult]:
+        if self.n_members == 1:
+            networks = [self._network()]
+        else:
+            networks = initial_networks(self, self.n_members, data)
+        self._warn_of_noise(networks[0])
+        members: list[NormalPosterior] = []
+        for i, network in enumerate(networks):
+            try:
+                member, result = self._fit_member(network, i, data)
+            except KeyboardInterrupt:
+                if not members:
+                    raise
+                result.stop_reason = "interrupted"  # of the member before
+                warn_interrupted(type(self).__name__, f"the first {len(members)} members are kept")
+                break
+            if result.best_epoch > 0:
+                members.append(member)
+            if result.error is not None or result.stop_reason == "interrupted":
+                break
+        if not members:
+            raise result.error or KeyboardInterrupt
+        result.best_epoch = max(result.best_epoch, 1)  # there are members to keep
+        self.n_members_ = len(members)
+        return self._join(members, data.seeds.predict), result
+
+    def _fit_member(
+        self, network: Network, i: int, data: TrainingData
+    ) -> tuple[NormalPosterior, TrainingResult]:
+        """Train one network in place."""
+        network.to(data.fabric.device)
         n_steps = self._n_epochs(data) * len(data.batches)
         # Tempering scales the likelihood alone: the prior keeps its precision λδ.
         ess = data.n_effective / self.temperature
@@ -68,7 +117,7 @@ class _IVON(Estimator):
             hess_init=max(0.0, 1 / (ess * self.init_std**2) - decay),
             mc_samples=self.mc_samples,
             clip_radius=self.clip_radius,
-            generator=data.generator(data.seeds.noise),
+            generator=data.generator(data.seeds.noise + i),
         )
         result = self._train(
             NetworkObjective(network),
@@ -77,12 +126,147 @@ class _IVON(Estimator):
             schedule=cosine_schedule(n_steps),
             extra_state=optimizer.curvature,
         )
-        stds = optimizer.posterior_std()
-        named = {k: stds[p] for k, p in network.named_parameters() if p in stds}
-        return NormalPosterior(network, named, data.seeds.predict), result
+        (diagnosis,) = optimizer.diagnostics(warn=False)
+        self.diagnostics_ = asdict(diagnosis)
+        # The default beta2 leaves little of the initial curvature, except in a run that is too
+        # short for anything; a beta2 that was asked for may leave all of it.
+        if diagnosis.noise_share > 0.5 or self.beta2 is not None:
+            optimizer.diagnostics()
+        return optimizer.posterior(network, data.seeds.predict + i), result
 
-    def _build_posterior(self) -> NormalPosterior:
-        return NormalPosterior(self._network(), {})
+    def _warn_of_noise(self, network: nn.Module) -> None:
+        noisy = [m for m in network.modules() if isinstance(m, _NOISY) and getattr(m, "p", 1) > 0]
+        found = sorted({type(m).__name__ for m in noisy})
+        if found:
+            warnings.warn(
+                f"{type(self).__name__}: module holds {', '.join(found)}. Batch normalisation "
+                "collects its statistics under noisy weights, and they are wrong at other draws; "
+                "dropout adds noise that IVON takes for curvature. Use GroupNorm or LayerNorm, and "
+                "no dropout.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _join(
+        self, members: list[NormalPosterior], seed: int
+    ) -> NormalPosterior | MixturePosterior:
+        return members[0] if self.n_members == 1 else MixturePosterior(members, seed)
+
+    def _build_posterior(self) -> NormalPosterior | MixturePosterior:
+        members = [NormalPosterior(self._network(), {}) for _ in range(self.n_members_)]
+        return self._join(members, 0)
+
+    # -- beyond prediction -------------------------------------------------------------------
+
+    def predict_distribution_at_mean(self, X: Any) -> Predictive:
+        """Predict with the mean weights alone ("IVON@mean"): one forward pass a network.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, d)
+            Inputs.
+
+        Returns
+        -------
+        Predictive
+            As from :meth:`predict_distribution`, of one draw (of ``n_members``): without the
+            uncertainty about the weights, and with no epistemic part for a single network.
+        """
+        x, index = self._posterior_at(X)
+        posterior = cast("NormalPosterior | MixturePosterior", self.posterior_)
+        dist = self._user_scale(posterior.at_mean(x))
+        dist.index = index
+        return dist
+
+    def sensitivity(self, X: Any, y: Any, sample_weight: Any = None) -> np.ndarray:
+        """Tell how much each training row moves its own prediction.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            Rows that were given to ``fit``, all or some of them.
+
+        Returns
+        -------
+        ndarray of shape (n,)
+            Σ_k |Δf_k|, where Δf is the first-order move of the network's outputs at the row when
+            the row is left out: logits, or means in standardised units (and raw noise scales, with
+            heteroscedastic noise). Large values mark influential, atypical and mislabelled rows.
+
+        References
+        ----------
+        P. Nickl et al., "The Memory Perturbation Equation", NeurIPS 2023, arXiv 2310.19273.
+
+        Examples
+        --------
+        >>> from sklearn.datasets import load_wine
+        >>> from uq import IVONClassifier
+        >>> X, y = load_wine(return_X_y=True)
+        >>> model = IVONClassifier(max_epochs=60, random_state=0).fit(X, y)
+        >>> model.sensitivity(X, y).shape
+        (178,)
+        """
+        parts = self._left_out(X, y, sample_weight)
+        return torch.stack([p.sensitivity for p in parts]).mean(0).double().numpy()
+
+    def leave_one_out(self, X: Any, y: Any, sample_weight: Any = None) -> Predictive:
+        """Predict each training row as if the model had been fitted without it.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            Rows that were given to ``fit``, all or some of them.
+
+        Returns
+        -------
+        Predictive
+            At the mean weights, moved to first order. It may be scored and reported like a
+            prediction on held-out rows.
+
+        See Also
+        --------
+        uq.inference.leave_one_out : the estimate itself.
+        """
+        parts = self._left_out(X, y, sample_weight)
+        posterior = cast("NormalPosterior | MixturePosterior", self.posterior_)
+        network = self._members(posterior)[0].network
+        stacked = tuple(torch.stack(ts) for ts in zip(*(p.parameters for p in parts), strict=True))
+        return self._user_scale(network.likelihood.predictive(stacked))
+
+    def generalization_nll(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Estimate the test loss of the mean weights from training rows alone.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            Rows that were given to ``fit``.
+
+        Returns
+        -------
+        float
+            Mean negative log likelihood of :meth:`leave_one_out`, in nats, in target units.
+        """
+        rows = -self._log_prob(self.leave_one_out(X, y, sample_weight), self._targets(y))
+        return float(np.average(rows.numpy(), weights=sample_weight))
+
+    def _left_out(self, X: Any, y: Any, sample_weight: Any) -> list[LeaveOneOut]:
+        x, _ = self._posterior_at(X)
+        target = torch.as_tensor(self._encode_targets(self._targets(y))).to(x.device)
+        if len(target) != len(x):
+            raise DataError(f"{type(self).__name__}: y has {len(target)} rows, but X has {len(x)}.")
+        target = target.to(x.dtype) if target.is_floating_point() else target
+        weight = np.ones(len(x)) if sample_weight is None else np.asarray(sample_weight, float)
+        times = torch.as_tensor(weight / self.params_["temperature"])
+        posterior = cast("NormalPosterior | MixturePosterior", self.posterior_)
+        return [leave_one_out(m, x, target, weight=times) for m in self._members(posterior)]
+
+    @staticmethod
+    def _members(posterior: NormalPosterior | MixturePosterior) -> list[NormalPosterior]:
+        return posterior.members if isinstance(posterior, MixturePosterior) else [posterior]
+
+    @staticmethod
+    def _targets(y: Any) -> np.ndarray:
+        return y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
 
 
 _PARAMETERS = """\
@@ -101,7 +285,10 @@ prior_scale : float, default=0.4
     clip_radius : float, default=inf
         Bound on each coordinate of the preconditioned update.
     n_samples : int, default=64
-        Weight draws that a prediction averages over."""
+        Weight draws of each network that a prediction averages over; 16 come close.
+    n_members : int, default=1
+        Networks trained from different initial weights; more than one gives the mixture of their
+        posteriors ("multi-IVON")."""
 
 
 @documented(lr="0.1", own=_PARAMETERS)
@@ -118,6 +305,10 @@ class IVONClassifier(_IVON, Classifier):
     Attributes
     ----------
     {fitted}
+    n_members_ : int
+        Networks held: fewer than asked for after an interrupt.
+    diagnostics_ : dict of float
+        What became of the curvature: the fields of ``IVON.diagnostics()``, of the last network.
     classes_ : ndarray of shape (n_classes,)
         Labels.
 
@@ -161,6 +352,10 @@ class IVONRegressor(_IVON, NetworkRegressor):
     Attributes
     ----------
     {fitted}
+    n_members_ : int
+        Networks held: fewer than asked for after an interrupt.
+    diagnostics_ : dict of float
+        What became of the curvature: the fields of ``IVON.diagnostics()``, of the last network.
 
     Notes
     -----
