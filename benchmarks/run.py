@@ -36,24 +36,23 @@ def machine() -> dict[str, str | int | None]:
 
 
 def main() -> None:
-    """Run the suite that the command line names."""
+    """Run the suites that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
-    parser.add_argument(
-        "--out", type=Path, help="JSON file (default: benchmarks/results/SUITE.json)"
-    )
+    parser.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of SUITE.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = import_module(f"benchmarks.{args.suite}").run()
-    table = pd.DataFrame(rows)
-    # A suite of several parts has a table for each, with the columns that it fills.
-    parts = table.groupby("part", sort=False) if "part" in table else [("", table)]
-    for _, part in parts:
-        print(part.dropna(axis=1, how="all").to_string(index=False), end="\n\n")
-    out = args.out or RESULTS / f"{args.suite}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
-    print(f"wrote {out}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for suite in args.suites:
+        rows = import_module(f"benchmarks.{suite}").run()
+        table = pd.DataFrame(rows)
+        # A suite of several parts has a table for each, with the columns that it fills.
+        parts = table.groupby("part", sort=False) if "part" in table else [("", table)]
+        for _, part in parts:
+            print(part.dropna(axis=1, how="all").to_string(index=False), end="\n\n")
+        out = args.out / f"{suite}.json"
+        out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

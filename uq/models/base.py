@@ -700,9 +700,9 @@ class Classifier(ClassifierMixin, Estimator):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Predict class probabilities, shape (n, n_classes), columns as in ``classes_``."""
-        dist = self.predict_distribution(X)
-        assert isinstance(dist, CategoricalMixture)
-        return dist.probs.numpy()
+        dist: Any = self.predict_distribution(X)
+        proba: np.ndarray = dist.probs.numpy()
+        return proba
 
 
 @estimator
