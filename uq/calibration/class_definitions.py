@@ -205,7 +205,7 @@ def _mmce_null(rows: ClassificationRows, rng: np.random.Generator, n_draws: int)
 
 MMCE = RankMetric(
     "mmce",
-    "Kernel calibration error (MMCE)",
+    "Kernel error (MMCE)",
     "top label, no bins: √ mean over pairs of rows of (gap · gap′ · exp(−|confidence difference| "
     "/ 0.4))",
     "lower",

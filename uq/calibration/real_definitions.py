@@ -196,7 +196,7 @@ def ence_metric(n_bins: int = VARIANCE_BINS) -> MeanMetric:
     """Expected normalised calibration error."""
     return variance_metric(
         "expected_normalized_calibration_error",
-        "Normalised variance error (ENCE)",
+        "Variance error (ENCE)",
         "mean over bins of |deviation − RMSE|/deviation",
         _ence,
         n_bins,
