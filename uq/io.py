@@ -123,7 +123,8 @@ def load(path: str | Path, *, module: Any = None) -> Any:
                     f"{str(path)!r} is a safetensors file, but not a model saved by uq."
                 )
             header = json.loads(metadata["uq"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # clone: the file's own memory is not aligned, and products then round differently.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise LoadError(f"{str(path)!r} is not a uq model, or is damaged: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -210,10 +211,14 @@ class _Writer:
         if not isinstance(params.get("cv", 0), int | float | str | np.number):
             params.pop("cv")  # a splitter, which only fitting needs
         has_module = params.pop("module", None) is not None
+        needs_base = _is_code(params.get("base"))
+        if needs_base:
+            params.pop("base")
         fitted = {k: v for k, v in vars(model).items() if _is_fitted_name(k) and k != "params_"}
         return {
             "class": type(model).__name__,
             "needs_module": has_module,
+            **({"needs_base": True} if needs_base else {}),
             "params": {k: self.encode(v, f"{where}.{k}") for k, v in params.items()},
             "fitted": {k: self.encode(v, f"{where}.{k}") for k, v in fitted.items()},
         }
@@ -256,13 +261,15 @@ class _Reader:
         if name not in _CLASSES:
             raise LoadError(f"the file holds a {name!r}, which this uq does not know.")
         params = {k: self.decode(v) for k, v in node["params"].items()}
-        if node["needs_module"]:
+        for argument in ("module", "base"):
+            if not node.get(f"needs_{argument}"):
+                continue
             if self.module is None:
                 raise LoadError(
-                    f"this {name} was fitted with module=, and code is never stored in a file; "
+                    f"this {name} was fitted with {argument}=, and code is never stored in a file; "
                     "pass the network: uq.load(path, module=...)."
                 )
-            params["module"] = self.module
+            params[argument] = self.module
         cls = getattr(import_module(_CLASSES[name]), name)
         model = cls(**params)
         posterior = None
@@ -288,6 +295,12 @@ class _Reader:
             if missing := [f for f in fields if not hasattr(model, f)]:
                 raise LoadError(f"the file lacks {', '.join(missing)} of the {name}.")
         return model
+
+
+def _is_code(value: Any) -> bool:
+    """Whether ``value`` is a network, or an estimator that is not one of uq's."""
+    uqs = isinstance(value, BaseEstimator) and type(value).__name__ in _CLASSES
+    return value is not None and not uqs
 
 
 def _is_fitted_name(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Predictive distributions: Pyro distributions with quantiles and a split of uncertainty."""
 
-from uq.distributions.base import ClassPredictive, Predictive, RealPredictive, concatenate
+from uq.distributions.base import ClassPredictive, Predictive, RealPredictive, concatenate, mixture
 from uq.distributions.classification import CategoricalMixture
 from uq.distributions.dirichlet import DirichletCategorical
 from uq.distributions.empirical import Empirical
@@ -21,5 +21,6 @@ __all__ = [
     "Recalibrated",
     "concatenate",
     "energy_score",
+    "mixture",
     "sample_crps",
 ]

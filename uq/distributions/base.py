@@ -387,6 +387,51 @@ def concatenate(parts: Sequence[Predictive]) -> Predictive:
     return whole
 
 
+def mixture(parts: Sequence[Predictive]) -> Predictive:
+    """Mix the draws of several predictive distributions of the same rows, with equal weights.
+
+    Parameters
+    ----------
+    parts : sequence of Predictive
+        Distributions over draws (:class:`NormalMixture`, :class:`CategoricalMixture`) of one kind:
+        the same rows, outputs, classes and number of draws, as those of several estimators.
+
+    Returns
+    -------
+    Predictive
+        Its draws are those of all parts; disagreement between parts becomes epistemic.
+
+    Raises
+    ------
+    DataError
+        If there are no parts, or two are of different kinds or rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.distributions import NormalMixture, mixture
+    >>> one, two = (NormalMixture(torch.tensor([[m]]), torch.tensor(1.0)) for m in (0.0, 2.0))
+    >>> d = mixture([one, two])
+    >>> float(d.mean), float(d.aleatoric), float(d.epistemic)
+    (1.0, 1.0, 1.0)
+    """
+    if not parts:
+        raise DataError("mixture: parts is empty; at least one distribution is needed.")
+    first = parts[0]
+    for i, part in enumerate(parts):
+        of_draws = isinstance(part, Predictive) and _tensors(part)[0].ndim + part._row_axis == 1
+        same = of_draws and part._kind() == first._kind() and part.batch_shape == first.batch_shape
+        if not same:
+            raise DataError(
+                f"mixture: parts[{i}] is {part!r}, which is not made of draws or differs in kind "
+                f"or rows from parts[0], {first!r}."
+            )
+    columns = iter(zip(*map(_tensors, parts), strict=True))
+    mixed = first._map(lambda _: torch.cat(next(columns), 0))
+    mixed.index = first.index
+    return mixed
+
+
 def _tensors(d: Predictive) -> list[Tensor]:
     """Tensors with a value a row, in the order in which ``_map`` visits them."""
     seen: list[Tensor] = []

@@ -8,14 +8,14 @@ Bayesian last layer on features, predicted in closed form.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from uq.distributions import NormalMixture, Predictive
+from uq.distributions import NormalMixture, Predictive, mixture
 from uq.distributions.classification import CategoricalMixture
 from uq.nn.bayesian import BayesianNetwork, normal_guide
 from uq.nn.network import Network
@@ -285,6 +285,67 @@ class LastLayerPosterior(Posterior):
         """Draw last layers; see :meth:`Posterior.functions`."""
         with torch.no_grad():
             return self.head.functions(self.features(x), n, self.generator(x.device)).cpu()
+
+
+class BayesianFeaturesPosterior(LastLayerPosterior):
+    """Features with a Normal posterior over the body's weights, and a Bayesian last layer.
+
+    Parameters
+    ----------
+    body : Module
+        Maps inputs to features (n, D); holds the means of its weights.
+    head : BayesianLastLayer
+        Posterior over the last layer's weights.
+    stds : dict of Tensor
+        Standard deviation of each parameter of the body, by name.
+    """
+
+    def __init__(
+        self, body: nn.Module, head: BayesianLastLayer, stds: Weights, seed: int = 0
+    ) -> None:
+        super().__init__(body, head, seed)
+        self._names = [name for name, _ in body.named_parameters()]
+        for i, (name, p) in enumerate(body.named_parameters()):
+            self.register_buffer(f"std_{i}", stds.get(name, torch.zeros_like(p)))
+
+    @property
+    def stds(self) -> Weights:
+        """Standard deviations of the body's parameters, by name."""
+        return {name: getattr(self, f"std_{i}") for i, name in enumerate(self._names)}
+
+    def forward(self, x: Tensor, n_samples: int = 64) -> Predictive:
+        """Mixture over ``n_samples`` draws of the body of the head's predictive on its features."""
+        generator = self.generator(x.device)
+        with torch.no_grad():
+            parts = [
+                self.head.predictive(features, 1, generator)
+                for features in self._draw_features(x, n_samples, generator)
+            ]
+        return mixture(parts).cpu()
+
+    def functions(self, x: Tensor, n: int) -> Tensor:
+        """Draw bodies, and a last layer for each; see :meth:`Posterior.functions`."""
+        generator = self.generator(x.device)
+        with torch.no_grad():
+            parts = [
+                self.head.functions(features, 1, generator)
+                for features in self._draw_features(x, n, generator)
+            ]
+        return torch.cat(parts).cpu()
+
+    def _draw_features(self, x: Tensor, n: int, generator: torch.Generator) -> Iterator[Tensor]:
+        self.body.eval()
+        means, stds = dict(self.body.named_parameters()), self.stds
+        for _ in range(n):
+            weights = {
+                name: mean
+                + stds[name]
+                * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+                for name, mean in means.items()
+            }
+            yield torch.cat(
+                [functional_call(self.body, weights, (rows,)) for rows in x.split(_FEATURE_ROWS)]
+            )
 
 
 def _function_values(dist: Predictive) -> Tensor:

@@ -3,12 +3,17 @@
 The heads and their equations are in :mod:`uq.nn.vbll` and :mod:`uq.nn.vbll_classification`. The
 body is trained together with the head by −ELBO/N; AdamW's weight decay regularises the body, the
 head's own prior is in the ELBO. With ``features="frozen"`` the body stays as it is and the head is
-found in closed form, where it has one.
+found in closed form, where it has one. With ``features="bayesian"`` IVON learns a Normal posterior
+q(θ) over the body's weights, too (the paper's section 3.3): each step takes one sample of θ, at
+which the last layer is integrated out analytically,
+
+    −ELBO/N = E_q(θ)[loss of the head at φ_θ] + KL(q(θ) ‖ p(θ))/N.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -19,7 +24,8 @@ from sklearn.utils.validation import check_consistent_length
 from torch import Tensor
 
 from uq.errors import DataError, ParameterError
-from uq.inference.posterior import LastLayerPosterior
+from uq.inference.ivon import IVON
+from uq.inference.posterior import BayesianFeaturesPosterior, LastLayerPosterior
 from uq.inference.training import TrainingResult, cosine_schedule
 from uq.inference.vbll import sum_features
 from uq.models.base import (
@@ -34,6 +40,7 @@ from uq.models.base import (
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
 from uq.nn.network import probe_outputs
+from uq.nn.priors import NormalPrior
 from uq.nn.vbll import (
     BayesianLastLayer,
     VBLLHeteroscedasticRegression,
@@ -51,6 +58,8 @@ from uq.nn.vbll_weights import COVARIANCES
 # The authors call clipping the gradient's norm at 1 strongly recommended.
 _CLIP_NORM = 1.0
 _HELD_OUT_DRAWS = 16
+# The settings of IVONClassifier and IVONRegressor, for the weights of a Bayesian body.
+_BODY_LR, _BODY_PRIOR_SCALE, _BODY_INIT_STD = 0.1, 0.4, 0.02
 
 
 class _VBLLObjective(Objective):
@@ -77,13 +86,31 @@ class _VBLLObjective(Objective):
         return -dist.log_prob(y)
 
 
+class _BodyAndHead(torch.optim.Optimizer):
+    """IVON on the body and another optimizer on the head, stepped at the same weight sample."""
+
+    def __init__(self, body: IVON, head: torch.optim.Optimizer) -> None:
+        # Not super().__init__: the groups are those of the two, so that a schedule reaches both.
+        self.body, self.head = body, head
+        self.param_groups = [*body.param_groups, *head.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.body.zero_grad(set_to_none)
+        self.head.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+        loss = self.body.step(closure)
+        self.head.step()
+        return loss
+
+
 @estimator
 class _VBLL(Estimator):
     prior_scale: float = 1.0
     wishart_scale: float = 0.1
     covariance: str = "dense"
     rank: int = 3
-    features: Literal["trained", "frozen"] = "trained"
+    features: Literal["trained", "frozen", "bayesian"] = "trained"
     weight_decay: float = 1e-4
     n_samples: int = 64
     patience: int | Literal["auto"] | None = "auto"
@@ -94,7 +121,7 @@ class _VBLL(Estimator):
         check_number(self, "wishart_scale", above=0)
         check_choice(self, "covariance", COVARIANCES)
         check_number(self, "rank", at_least=1, integer=True)
-        check_choice(self, "features", ("trained", "frozen"))
+        check_choice(self, "features", ("trained", "frozen", "bayesian"))
         check_number(self, "weight_decay", at_least=0)
         check_number(self, "n_samples", at_least=1, integer=True)
         if self.features == "frozen" and self.module is None:
@@ -115,7 +142,10 @@ class _VBLL(Estimator):
     def _build_posterior(self, seed: int = 0) -> LastLayerPosterior:
         body = self._body(None)
         n_features = probe_outputs(body, self._example()).shape[1]
-        return LastLayerPosterior(body, self._head(n_features).to(self._dtype), seed)
+        head = self._head(n_features).to(self._dtype)
+        if self.features == "bayesian":
+            return BayesianFeaturesPosterior(body, head, {}, seed)
+        return LastLayerPosterior(body, head, seed)
 
     def _infer(self, data: TrainingData) -> tuple[LastLayerPosterior, TrainingResult]:
         posterior = self._build_posterior(data.seeds.predict).to(data.fabric.device)
@@ -125,6 +155,8 @@ class _VBLL(Estimator):
             return posterior, TrainingResult(stop_reason="closed_form", best_epoch=1)
         self._start(posterior, data)
         objective = _VBLLObjective(posterior, data.n_effective, frozen=frozen)
+        if self.features == "bayesian":
+            return self._infer_both(posterior, objective, data)
         groups: list[dict[str, Any]] = [{"params": list(posterior.head.parameters())}]
         body = [p for p in posterior.body.parameters() if p.requires_grad and not frozen]
         if body:
@@ -139,6 +171,35 @@ class _VBLL(Estimator):
             clip_norm=_CLIP_NORM,
         )
         return posterior, result
+
+    def _infer_both(
+        self, posterior: LastLayerPosterior, objective: Objective, data: TrainingData
+    ) -> tuple[LastLayerPosterior, TrainingResult]:
+        """Learn a posterior over the body's weights, too."""
+        n_steps = self._n_epochs(data) * len(data.batches)
+        decay = NormalPrior(_BODY_PRIOR_SCALE).precision / data.n_effective
+        body = IVON(
+            posterior.body.parameters(),
+            _BODY_LR,
+            ess=data.n_effective,
+            weight_decay=decay,
+            beta2=max(0.998, 1 - 2 / n_steps),
+            hess_init=max(0.0, 1 / (data.n_effective * _BODY_INIT_STD**2) - decay),
+            generator=data.generator(data.seeds.noise),
+        )
+        head = torch.optim.AdamW(posterior.head.parameters(), self.lr, weight_decay=0.0, fused=True)
+        # The gradient is not clipped: a clipped one would bias the curvature.
+        result = self._train(
+            objective,
+            _BodyAndHead(body, head),
+            data,
+            schedule=cosine_schedule(n_steps),
+            extra_state=body.curvature,
+        )
+        stds = body.posterior_std()
+        named = {name: stds[p] for name, p in posterior.body.named_parameters() if p in stds}
+        seed = data.seeds.predict
+        return BayesianFeaturesPosterior(posterior.body, posterior.head, named, seed), result
 
     def _start(self, posterior: LastLayerPosterior, data: TrainingData) -> None:
         """Set what training starts from, where that depends on the data; nothing by default."""
@@ -180,7 +241,8 @@ class _VBLL(Estimator):
 
 
 def _has_partial_fit(model: _VBLL) -> bool:
-    return model._conjugate and model.covariance in ("dense", "dense_precision")
+    exact = model._conjugate and model.features != "bayesian"
+    return exact and model.covariance in ("dense", "dense_precision")
 
 
 _PARAMETERS = """\
@@ -192,9 +254,11 @@ prior_scale : float, default=1.0
         Covariance of q(w) for each output; the dense ones cost (features)² numbers per output.
     rank : int, default=3
         Rank of the "lowrank" covariance.
-    features : {{"trained", "frozen"}}, default="trained"
+    features : {{"trained", "frozen", "bayesian"}}, default="trained"
         "frozen" keeps the weights of ``module`` and finds the last layer alone: {closed}
-        The prior is scaled to the size of the features, E‖φ‖².
+        The prior is scaled to the size of the features, E‖φ‖². "bayesian" learns a posterior over
+        the body's weights, too, by IVON ({only}): a prediction is
+        then the mixture over ``n_samples`` draws of the body, at a forward pass each.
     weight_decay : float, default=1e-4
         Decoupled (AdamW) weight decay of the body; the head's prior is part of its loss."""
 
@@ -208,6 +272,7 @@ prior_scale : float, default=1.0
         times=", halved",
         wishart_note="s (for the generative head: of each feature)",
         closed='in one\n        pass for ``head="generative"``, by gradient steps for the others.',
+        only='not for ``head="generative"``',
     ),
 )
 @estimator
@@ -267,6 +332,11 @@ class VBLLClassifier(_VBLL, Classifier):
         super()._check_parameters()
         check_choice(self, "head", ("discriminative", "heteroscedastic", "generative"))
         check_choice(self, "bound", BOUNDS)
+        if self.features == "bayesian" and self.head == "generative":
+            raise ParameterError(
+                f"{type(self).__name__}: features='bayesian' needs head='discriminative' or "
+                "'heteroscedastic': the generative head is fitted to fixed features."
+            )
 
     @property
     def _conjugate(self) -> bool:
@@ -364,6 +434,7 @@ class VBLLClassifier(_VBLL, Classifier):
         times="",
         wishart_note='; Gamma(1, V/2)\n        on the noise precision for noise="student_t"',
         closed="in closed\n        form in one pass, by gradient steps for heteroscedastic noise.",
+        only='not for ``noise="student_t"``',
     ),
 )
 @estimator
@@ -415,6 +486,11 @@ class VBLLRegressor(_VBLL, Regressor):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_choice(self, "noise", ("homoscedastic", "student_t", "heteroscedastic"))
+        if self.features == "bayesian" and self.noise == "student_t":
+            raise ParameterError(
+                f"{type(self).__name__}: features='bayesian' needs noise='homoscedastic' or "
+                "'heteroscedastic': its predictive is a mixture of Normals."
+            )
         if self.features == "frozen" and self._conjugate and self.covariance == "lowrank":
             raise ParameterError(
                 f"{type(self).__name__}: covariance='lowrank' has no closed form for "
