@@ -15,6 +15,8 @@ _EXPORTS = {
     "Conformal": "uq.models.conformal",
     "EnsembleClassifier": "uq.models.ensemble",
     "EnsembleRegressor": "uq.models.ensemble",
+    "EvidentialClassifier": "uq.models.evidential",
+    "EvidentialRegressor": "uq.models.evidential",
     "IVONClassifier": "uq.models.ivon",
     "IVONRegressor": "uq.models.ivon",
     "MAPClassifier": "uq.models.map",
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from uq.models.conformal import Conformal as Conformal
     from uq.models.ensemble import EnsembleClassifier as EnsembleClassifier
     from uq.models.ensemble import EnsembleRegressor as EnsembleRegressor
+    from uq.models.evidential import EvidentialClassifier as EvidentialClassifier
+    from uq.models.evidential import EvidentialRegressor as EvidentialRegressor
     from uq.models.ivon import IVONClassifier as IVONClassifier
     from uq.models.ivon import IVONRegressor as IVONRegressor
     from uq.models.map import MAPClassifier as MAPClassifier

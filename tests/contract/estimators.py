@@ -11,6 +11,7 @@ from uq.models.registry import METHODS, estimator_class
 QUICK: dict[str, dict[str, Any]] = {
     "ivon": {"n_samples": 8, "lr": 0.1},
     "vbll": {},
+    "evidential": {},
     "ensemble": {"n_members": 2},
     "map": {},
 }

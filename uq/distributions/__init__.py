@@ -4,6 +4,7 @@ from uq.distributions.base import ClassPredictive, Predictive, RealPredictive, c
 from uq.distributions.classification import CategoricalMixture
 from uq.distributions.dirichlet import DirichletCategorical
 from uq.distributions.empirical import Empirical
+from uq.distributions.normal_inverse_gamma import NormalInverseGamma
 from uq.distributions.parametric import Parametric
 from uq.distributions.recalibrated import Recalibrated
 from uq.distributions.regression import NormalMixture
@@ -14,6 +15,7 @@ __all__ = [
     "ClassPredictive",
     "DirichletCategorical",
     "Empirical",
+    "NormalInverseGamma",
     "NormalMixture",
     "Parametric",
     "Predictive",

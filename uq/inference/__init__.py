@@ -1,5 +1,6 @@
 """Algorithms that find a posterior, usable from plain torch or Pyro without an estimator."""
 
+from uq.inference.evidential import EvidentialPosterior
 from uq.inference.ivon import IVON
 from uq.inference.ivon_influence import LeaveOneOut, leave_one_out
 from uq.inference.ivon_merging import merge
@@ -16,6 +17,7 @@ from uq.inference.vbll import post_train
 __all__ = [
     "IVON",
     "DrawsPosterior",
+    "EvidentialPosterior",
     "LastLayerPosterior",
     "LeaveOneOut",
     "MixturePosterior",

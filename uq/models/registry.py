@@ -53,6 +53,14 @@ METHODS: dict[str, Method] = {
         "any network body; Bayesian last layer",
         "Harrison et al., ICLR 2024, arXiv 2404.11599",
     ),
+    "evidential": Method(
+        "Evidential",
+        "uq.models.evidential",
+        _BOTH,
+        "1 network; 1 forward pass to predict",
+        "any network; ranks rows, amounts of epistemic uncertainty mean little",
+        "Deng et al., ICML 2023, arXiv 2303.02045; Amini et al., NeurIPS 2020, arXiv 1910.02600",
+    ),
     "ensemble": Method(
         "Ensemble",
         "uq.models.ensemble",

@@ -2,6 +2,9 @@
 
 from uq.nn.bayesian import BayesianNetwork
 from uq.nn.bodies import MLP, ConvNet
+from uq.nn.evidential import DirichletHead, evidential_loss
+from uq.nn.evidential_functions import fisher_log_det
+from uq.nn.evidential_regression import NormalInverseGammaHead, nig_kl, nig_nll
 from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
 from uq.nn.network import Network
 from uq.nn.priors import NormalPrior
@@ -30,9 +33,11 @@ __all__ = [
     "CategoricalLikelihood",
     "ClassStatistics",
     "ConvNet",
+    "DirichletHead",
     "Likelihood",
     "LinearStatistics",
     "Network",
+    "NormalInverseGammaHead",
     "NormalLastLayer",
     "NormalLikelihood",
     "NormalPrior",
@@ -42,4 +47,8 @@ __all__ = [
     "VBLLHeteroscedasticRegression",
     "VBLLRegression",
     "VBLLStudentTRegression",
+    "evidential_loss",
+    "fisher_log_det",
+    "nig_kl",
+    "nig_nll",
 ]
