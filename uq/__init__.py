@@ -21,6 +21,8 @@ _EXPORTS = {
     "IVONRegressor": "uq.models.ivon",
     "MAPClassifier": "uq.models.map",
     "MAPRegressor": "uq.models.map",
+    "SSVIClassifier": "uq.models.ssvi",
+    "SSVIRegressor": "uq.models.ssvi",
     "TableModel": "uq.models.table",
     "UQError": "uq.errors",
     "VBLLClassifier": "uq.models.vbll",
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from uq.models.map import MAPClassifier as MAPClassifier
     from uq.models.map import MAPRegressor as MAPRegressor
     from uq.models.registry import methods as methods
+    from uq.models.ssvi import SSVIClassifier as SSVIClassifier
+    from uq.models.ssvi import SSVIRegressor as SSVIRegressor
     from uq.models.table import TableModel as TableModel
     from uq.models.vbll import VBLLClassifier as VBLLClassifier
     from uq.models.vbll import VBLLRegressor as VBLLRegressor

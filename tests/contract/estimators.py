@@ -12,6 +12,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "ivon": {"n_samples": 8, "lr": 0.1},
     "vbll": {},
     "evidential": {},
+    # A tenth of the few weights here would be too few to learn anything.
+    "ssvi": {"n_samples": 8, "density": 0.5},
     "ensemble": {"n_members": 2},
     "map": {},
 }

@@ -11,11 +11,14 @@ from uq.inference.posterior import (
     NormalPosterior,
     Posterior,
 )
+from uq.inference.ssvi import SSVI, account, removal_score
+from uq.inference.ssvi_posterior import SparseNormalGuide, SparsePosterior
 from uq.inference.training import TrainingState, train
 from uq.inference.vbll import post_train
 
 __all__ = [
     "IVON",
+    "SSVI",
     "DrawsPosterior",
     "EvidentialPosterior",
     "LastLayerPosterior",
@@ -23,9 +26,13 @@ __all__ = [
     "MixturePosterior",
     "NormalPosterior",
     "Posterior",
+    "SparseNormalGuide",
+    "SparsePosterior",
     "TrainingState",
+    "account",
     "leave_one_out",
     "merge",
     "post_train",
+    "removal_score",
     "train",
 ]

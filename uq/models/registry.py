@@ -61,6 +61,14 @@ METHODS: dict[str, Method] = {
         "any network; ranks rows, amounts of epistemic uncertainty mean little",
         "Deng et al., ICML 2023, arXiv 2303.02045; Amini et al., NeurIPS 2020, arXiv 1910.02600",
     ),
+    "ssvi": Method(
+        "SSVI",
+        "uq.models.ssvi",
+        _BOTH,
+        "1 sparse network; S sparse forward passes to predict",
+        "any network of Linear and Conv layers",
+        "Li et al., ICLR 2024, arXiv 2402.11025",
+    ),
     "ensemble": Method(
         "Ensemble",
         "uq.models.ensemble",
