@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 # Loaded on first use (PEP 562): `import uq` costs nothing until something is asked of it.
 _EXPORTS = {
+    "ABNNClassifier": "uq.models.abnn",
+    "ABNNRegressor": "uq.models.abnn",
     "Calibrated": "uq.models.calibrated",
     "Conformal": "uq.models.conformal",
     "EnsembleClassifier": "uq.models.ensemble",
@@ -19,10 +21,17 @@ _EXPORTS = {
     "EvidentialRegressor": "uq.models.evidential",
     "IVONClassifier": "uq.models.ivon",
     "IVONRegressor": "uq.models.ivon",
+    "ImplicitVIClassifier": "uq.models.implicit",
+    "ImplicitVIRegressor": "uq.models.implicit",
     "MAPClassifier": "uq.models.map",
     "MAPRegressor": "uq.models.map",
+    "PartialBNNClassifier": "uq.models.pbnn",
+    "PartialBNNRegressor": "uq.models.pbnn",
+    "NUTSClassifier": "uq.models.nuts",
+    "NUTSRegressor": "uq.models.nuts",
     "SSVIClassifier": "uq.models.ssvi",
     "SSVIRegressor": "uq.models.ssvi",
+    "SDMClassifier": "uq.models.sdm",
     "TableModel": "uq.models.table",
     "UQError": "uq.errors",
     "VBLLClassifier": "uq.models.vbll",
@@ -43,17 +52,26 @@ if TYPE_CHECKING:
     from uq import nn as nn
     from uq.errors import UQError as UQError
     from uq.io import load as load
+    from uq.models.abnn import ABNNClassifier as ABNNClassifier
+    from uq.models.abnn import ABNNRegressor as ABNNRegressor
     from uq.models.calibrated import Calibrated as Calibrated
     from uq.models.conformal import Conformal as Conformal
     from uq.models.ensemble import EnsembleClassifier as EnsembleClassifier
     from uq.models.ensemble import EnsembleRegressor as EnsembleRegressor
     from uq.models.evidential import EvidentialClassifier as EvidentialClassifier
     from uq.models.evidential import EvidentialRegressor as EvidentialRegressor
+    from uq.models.implicit import ImplicitVIClassifier as ImplicitVIClassifier
+    from uq.models.implicit import ImplicitVIRegressor as ImplicitVIRegressor
     from uq.models.ivon import IVONClassifier as IVONClassifier
     from uq.models.ivon import IVONRegressor as IVONRegressor
     from uq.models.map import MAPClassifier as MAPClassifier
     from uq.models.map import MAPRegressor as MAPRegressor
+    from uq.models.nuts import NUTSClassifier as NUTSClassifier
+    from uq.models.nuts import NUTSRegressor as NUTSRegressor
+    from uq.models.pbnn import PartialBNNClassifier as PartialBNNClassifier
+    from uq.models.pbnn import PartialBNNRegressor as PartialBNNRegressor
     from uq.models.registry import methods as methods
+    from uq.models.sdm import SDMClassifier as SDMClassifier
     from uq.models.ssvi import SSVIClassifier as SSVIClassifier
     from uq.models.ssvi import SSVIRegressor as SSVIRegressor
     from uq.models.table import TableModel as TableModel

@@ -214,6 +214,8 @@ class _Writer:
         needs_base = _is_code(params.get("base"))
         if needs_base:
             params.pop("base")
+        # A function is code, which a file never holds: what it chose is among the fitted.
+        params = {k: v for k, v in params.items() if not callable(v)}
         fitted = {k: v for k, v in vars(model).items() if _is_fitted_name(k) and k != "params_"}
         return {
             "class": type(model).__name__,
@@ -300,7 +302,7 @@ class _Reader:
 def _is_code(value: Any) -> bool:
     """Whether ``value`` is a network, or an estimator that is not one of uq's."""
     uqs = isinstance(value, BaseEstimator) and type(value).__name__ in _CLASSES
-    return value is not None and not uqs
+    return isinstance(value, nn.Module | BaseEstimator) and not uqs
 
 
 def _is_fitted_name(name: str) -> bool:

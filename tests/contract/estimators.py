@@ -11,12 +11,22 @@ from uq.models.registry import METHODS, estimator_class
 QUICK: dict[str, dict[str, Any]] = {
     "ivon": {"n_samples": 8, "lr": 0.1},
     "vbll": {},
-    "evidential": {},
     # A tenth of the few weights here would be too few to learn anything.
     "ssvi": {"n_samples": 8, "density": 0.5},
+    "sdm": {},
+    "evidential": {},
+    "abnn": {"base_epochs": 30, "base_lr": 0.02, "n_members": 1, "n_samples": 4},
+    # One chain: callbacks then see one Adam run, as with the other methods.
+    "nuts": {"n_chains": 1, "n_warmup": 4, "n_draws": 8, "max_tree_depth": 3},
+    "pbnn": {"n_particles": 100, "move_var": 1e-3},
     "ensemble": {"n_members": 2},
+    "implicit": {"n_samples": 8, "noise_dim": 4, "width": 4},
     "map": {},
 }
+# Methods whose network gives features, of any width, instead of what the likelihood takes.
+FEATURES = {"vbll", "sdm"}
+# Methods that predict by one function: no epistemic uncertainty.
+SINGLE = {"map", "sdm"}
 CASES = [(method, task) for method, m in METHODS.items() for task in m.tasks]
 CLASSIFIERS = [c for c in CASES if c[1] == "classification"]
 REGRESSORS = [c for c in CASES if c[1] == "regression"]

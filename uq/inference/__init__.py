@@ -1,9 +1,25 @@
 """Algorithms that find a posterior, usable from plain torch or Pyro without an estimator."""
 
+from uq.inference.abnn import (
+    ABNNPosterior,
+    epistemic_parts,
+    insert_norms,
+    random_class_weights,
+    to_abnn,
+)
 from uq.inference.evidential import EvidentialPosterior
+from uq.inference.implicit_vi import (
+    ImplicitGuide,
+    ImplicitPosterior,
+    ImplicitWeights,
+    linearized_entropy,
+    smallest_singular_value,
+    smallest_value_entropy,
+)
 from uq.inference.ivon import IVON
 from uq.inference.ivon_influence import LeaveOneOut, leave_one_out
 from uq.inference.ivon_merging import merge
+from uq.inference.pbnn import OHSMC, SGSMC, PartialPosterior, ParticleNetwork, stochastic_names
 from uq.inference.posterior import (
     DrawsPosterior,
     LastLayerPosterior,
@@ -11,28 +27,75 @@ from uq.inference.posterior import (
     NormalPosterior,
     Posterior,
 )
+from uq.inference.resampling import ParticleWarning, resample
+from uq.inference.sdm import Matches, match, nearest_rows
+from uq.inference.sdm_calibration import (
+    Region,
+    SDMPosterior,
+    distance_cdfs,
+    distance_quantile,
+    dkw_error,
+    effective_sizes,
+    find_region,
+    rescaled_similarity,
+)
+from uq.inference.smc import HMC, DataSchedule, RandomWalk, SMCResult, SMCSampler
 from uq.inference.ssvi import SSVI, account, removal_score
 from uq.inference.ssvi_posterior import SparseNormalGuide, SparsePosterior
 from uq.inference.training import TrainingState, train
 from uq.inference.vbll import post_train
 
 __all__ = [
+    "HMC",
     "IVON",
+    "OHSMC",
+    "SGSMC",
     "SSVI",
+    "ABNNPosterior",
+    "DataSchedule",
     "DrawsPosterior",
     "EvidentialPosterior",
+    "ImplicitGuide",
+    "ImplicitPosterior",
+    "ImplicitWeights",
     "LastLayerPosterior",
     "LeaveOneOut",
+    "Matches",
     "MixturePosterior",
     "NormalPosterior",
+    "PartialPosterior",
+    "ParticleNetwork",
+    "ParticleWarning",
     "Posterior",
+    "RandomWalk",
+    "Region",
+    "SDMPosterior",
+    "SMCResult",
+    "SMCSampler",
     "SparseNormalGuide",
     "SparsePosterior",
     "TrainingState",
     "account",
+    "distance_cdfs",
+    "distance_quantile",
+    "dkw_error",
+    "effective_sizes",
+    "epistemic_parts",
+    "find_region",
+    "insert_norms",
     "leave_one_out",
+    "linearized_entropy",
+    "match",
     "merge",
+    "nearest_rows",
     "post_train",
+    "random_class_weights",
     "removal_score",
+    "resample",
+    "rescaled_similarity",
+    "smallest_singular_value",
+    "smallest_value_entropy",
+    "stochastic_names",
+    "to_abnn",
     "train",
 ]

@@ -182,9 +182,7 @@ def uniforms(
 
 def _without_nan(log_weights: Tensor) -> Tensor:
     """Copy in float64, with −inf for NaN and +inf."""
-    return torch.nan_to_num(
-        log_weights.double(), nan=-math.inf, posinf=-math.inf, neginf=-math.inf
-    )
+    return torch.nan_to_num(log_weights.double(), nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
 def _scaled(log_weights: Tensor) -> Tensor:

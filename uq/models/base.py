@@ -276,6 +276,16 @@ class Estimator(BaseEstimator, ABC):
         return torch.float64 if self.precision == "64-true" else torch.float32
 
     @property
+    def _takes_any_rows(self) -> bool:
+        """Whether rows may be images or other than vectors: a network of the user's reads them."""
+        return self.module is not None
+
+    @property
+    def _held_out_share(self) -> float:
+        """Share of the rows that early stopping watches."""
+        return 0.1
+
+    @property
     def _standardizes(self) -> bool:
         return len(self.input_shape_) == 1 and not isinstance(self.module, nn.Module)
 
@@ -289,7 +299,7 @@ class Estimator(BaseEstimator, ABC):
             X,
             _as_numpy(y),
             dtype=self._input_dtype(X),
-            allow_nd=self.module is not None,
+            allow_nd=self._takes_any_rows,
             ensure_all_finite=False,
             multi_output=not is_classifier(self),
         )
@@ -388,7 +398,7 @@ class Estimator(BaseEstimator, ABC):
             x, target = (_as_numpy(t) for t in batch)
             if not targets:
                 self.input_shape_ = tuple(x.shape[1:])
-                if len(self.input_shape_) != 1 and self.module is None:
+                if len(self.input_shape_) != 1 and not self._takes_any_rows:
                     raise ParameterError(
                         f"{name}: rows of shape {self.input_shape_} need a network; pass module=."
                     )
@@ -404,12 +414,12 @@ class Estimator(BaseEstimator, ABC):
             raise DataError(f"{type(self).__name__}.fit needs n_samples >= 2, got n_samples = {n}.")
 
     def _split(self, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of the rows to train on, and of the tenth that early stopping watches.
+        """Positions of the rows to train on, and of the share that early stopping watches.
 
         Classes are split evenly; one that has a single row is trained on.
         """
         rows = np.arange(len(y))
-        n_held = max(1, round(0.1 * len(y)))
+        n_held = max(1, round(self._held_out_share * len(y)))
         if self.patience is None:
             return rows, rows[:0]
         strata, single = None, rows[:0]
@@ -426,7 +436,7 @@ class Estimator(BaseEstimator, ABC):
     def _input_dtype(self, X: Any) -> Any:
         # Images stay in float32; a table may hold year stamps that float32 would blur
         # before they are standardised.
-        if self.module is not None and getattr(X, "ndim", 2) > 2:
+        if self._takes_any_rows and getattr(X, "ndim", 2) > 2:
             return np.float32
         return [np.float64, np.float32]
 
@@ -551,7 +561,7 @@ class Estimator(BaseEstimator, ABC):
             X,
             reset=False,
             dtype=self._input_dtype(X),
-            allow_nd=self.module is not None,
+            allow_nd=self._takes_any_rows,
             ensure_all_finite=False,
         )
         if tuple(X.shape[1:]) != tuple(self.input_shape_):

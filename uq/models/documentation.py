@@ -13,10 +13,10 @@ module : torch.nn.Module or callable, optional
         factory ``f(d_in, d_out)`` (``d_in`` is the shape of a row where rows are not vectors).
         It maps a batch to {outputs}.
         With a module, inputs are taken as they are; otherwise they are standardised.
-    hidden : tuple of int, default=(64, 64)
+    hidden : tuple of int, default={hidden}
         Widths of the MLP's hidden layers, where no ``module`` is given.
     max_epochs : int, optional
-        Passes over the data. By default as many as give about 5,000 steps, within 20 to 1,000.
+        Passes over the data. By default as many as give about {steps}.
     batch_size : int or None, default=64
         Rows per step; None takes all rows at once.
     lr : float, default={lr}
@@ -26,11 +26,14 @@ _NOISE = """\
 noise : {"homoscedastic", "heteroscedastic"}, default="homoscedastic"
         One learned noise level per target, or one that the network predicts at each input."""
 
+_HELD_OUT = """\
+Stop after this many epochs without a better negative log likelihood on a tenth of the rows,
+        held out for it, and keep the best weights; "auto" takes a tenth of the epochs, at least 20.
+        None trains on all rows to the end. A DataLoader holds nothing out."""
+
 _TAIL = """\
 patience : int, "auto" or None, default={patience}
-        Stop after this many epochs without a better negative log likelihood on a tenth of the rows,
-        held out for it, and keep the best weights; "auto" takes a tenth of the epochs, at least 20.
-        None trains on all rows to the end. A DataLoader holds nothing out.
+        {held_out}
     device : str, default="auto"
         "cpu", "cuda", "cuda:1"; "auto" takes CUDA where there is one.
     precision : {{"32-true", "64-true", "bf16-mixed"}}, default="32-true"
@@ -62,15 +65,19 @@ def documented(
     patience: str = "None",
     outputs: str = "logits (n, n_classes), or means (n, m) (2m with heteroscedastic noise)",
     own: str = "",
+    held_out: str = _HELD_OUT,
+    hidden: str = "(64, 64)",
+    steps: str = "5,000 steps, within 20 to 1,000",
 ) -> Callable[[type[T]], type[T]]:
     """Fill the shared parts into a class docstring: ``{shared}``, ``{tail}``, ``{fitted}``."""
 
     def fill(cls: type[T]) -> type[T]:
         doc = cls.__doc__ or ""
-        doc = doc.replace("{shared}", _PARAMETERS.format(lr=lr, outputs=outputs))
+        shared = _PARAMETERS.format(lr=lr, outputs=outputs, hidden=hidden, steps=steps)
+        doc = doc.replace("{shared}", shared)
         doc = doc.replace("{own}", own)
         doc = doc.replace("{noise}", _NOISE)
-        doc = doc.replace("{tail}", _TAIL.format(patience=patience))
+        doc = doc.replace("{tail}", _TAIL.format(patience=patience, held_out=held_out))
         cls.__doc__ = doc.replace("{fitted}", _ATTRIBUTES)
         return cls
 
