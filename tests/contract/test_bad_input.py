@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.exceptions import NotFittedError
 
-from tests.contract.estimators import CASES, CLASSIFIERS, make
+from tests.contract.estimators import CASES, CLASSIFIERS, FEATURES, make
 from tests.contract.test_estimators import data
 from uq.errors import DataError, ParameterError, UQError
 
@@ -98,7 +98,7 @@ def test_modules_that_do_not_fit(method, task):
     d = X.shape[1]
     with pytest.raises(ParameterError, match="module fails on an input"):
         make(method, task, module=torch.nn.Linear(d + 1, 3)).fit(X, y)
-    if method != "vbll":
+    if method not in FEATURES:
         with pytest.raises(ParameterError, match="7 outputs"):
             make(method, task, module=torch.nn.Linear(d, 7)).fit(X, y)
     with pytest.raises(ParameterError, match="must map"):
@@ -148,7 +148,7 @@ def test_callbacks_and_progress(method, task, capsys):
         return state.epoch == 2
 
     model = make(method, task, max_epochs=9, callbacks=[stop_at_two], verbose=1).fit(X, y)
-    members = 2 if method == "ensemble" else 1
-    assert [s.epoch for s in seen] == [1, 2] * members
+    trainings = 2 if method in ("ensemble", "abnn") else 1  # members; network and member
+    assert [s.epoch for s in seen] == [1, 2] * trainings
     assert model.stop_reason_ == "callback"
     assert type(model).__name__ in capsys.readouterr().err

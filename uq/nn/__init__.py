@@ -1,13 +1,16 @@
 """Networks, likelihoods and Bayesian layers: plain ``torch.nn`` modules."""
 
+from uq.nn.abnn import BayesianNorm, bayesian_norm, without_noise
 from uq.nn.bayesian import BayesianNetwork
 from uq.nn.bodies import MLP, ConvNet
 from uq.nn.evidential import DirichletHead, evidential_loss
 from uq.nn.evidential_functions import fisher_log_det
 from uq.nn.evidential_regression import NormalInverseGammaHead, nig_kl, nig_nll
+from uq.nn.implicit import MatrixGenerator, MatrixLinear, MLPGenerator, WeightLayout
 from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
 from uq.nn.network import Network
 from uq.nn.priors import NormalPrior
+from uq.nn.sdm import ExemplarAdaptor, FeatureNetwork, SDMActivation, SDMLoss
 from uq.nn.vbll import (
     BayesianLastLayer,
     VBLLHeteroscedasticRegression,
@@ -29,26 +32,37 @@ __all__ = [
     "MLP",
     "BayesianLastLayer",
     "BayesianNetwork",
+    "BayesianNorm",
     "CategoricalLastLayer",
     "CategoricalLikelihood",
     "ClassStatistics",
     "ConvNet",
     "DirichletHead",
+    "ExemplarAdaptor",
+    "FeatureNetwork",
     "Likelihood",
     "LinearStatistics",
+    "MLPGenerator",
+    "MatrixGenerator",
+    "MatrixLinear",
     "Network",
     "NormalInverseGammaHead",
     "NormalLastLayer",
     "NormalLikelihood",
     "NormalPrior",
+    "SDMActivation",
+    "SDMLoss",
     "VBLLClassification",
     "VBLLGenerativeClassification",
     "VBLLHeteroscedasticClassification",
     "VBLLHeteroscedasticRegression",
     "VBLLRegression",
     "VBLLStudentTRegression",
+    "WeightLayout",
+    "bayesian_norm",
     "evidential_loss",
     "fisher_log_det",
     "nig_kl",
     "nig_nll",
+    "without_noise",
 ]

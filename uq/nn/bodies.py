@@ -28,6 +28,8 @@ class MLP(nn.Sequential):
         Width of each hidden layer; empty for a linear map.
     d_out : int or None
         Number of outputs; None ends after the last hidden layer (a feature extractor).
+    norm : bool, default=False
+        Layer normalisation before each ELU (ABNN puts its noise there).
 
     Examples
     --------
@@ -37,10 +39,15 @@ class MLP(nn.Sequential):
     torch.Size([3, 2])
     """
 
-    def __init__(self, d_in: int, hidden: Sequence[int], d_out: int | None) -> None:
+    def __init__(
+        self, d_in: int, hidden: Sequence[int], d_out: int | None, *, norm: bool = False
+    ) -> None:
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise((d_in, *hidden)):
-            layers += [nn.Linear(width_in, width_out), nn.ELU()]
+            layers.append(nn.Linear(width_in, width_out))
+            if norm:
+                layers.append(nn.LayerNorm(width_out))
+            layers.append(nn.ELU())
         if d_out is not None:
             layers.append(nn.Linear(hidden[-1] if hidden else d_in, d_out))
         super().__init__(*layers)

@@ -109,6 +109,14 @@ class NormalLikelihood(Likelihood):
         scale = F.softplus(self.raw_scale + self.offset) + SCALE_FLOOR
         return outputs, scale.expand_as(outputs)
 
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor) -> None:
+        """Set the one noise level per output to ``scale`` (m,), or to its floor."""
+        if self.raw_scale is None:
+            raise ParameterError("set_scale: heteroscedastic noise comes from the network.")
+        raw = (scale - SCALE_FLOOR).clamp_min(SCALE_FLOOR / 100)
+        self.raw_scale.copy_(raw + torch.log(-torch.expm1(-raw)) - self.offset)
+
     def nll(self, parameters: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Gaussian negative log density of each row, summed over outputs."""
         loc, scale = parameters
