@@ -219,7 +219,10 @@ def _compare(args: argparse.Namespace) -> None:
     groups = _groups(args.groups, data)
     from uq import calibration
     from uq.data import DATASETS, split_rows
+    from uq.models.registry import METHODS
 
+    if args.methods is None:  # all that do this task
+        names = [name for name in names if data.task in METHODS[name].tasks]
     guessed = args.task is None and args.data not in DATASETS
     if guessed and data.task == "classification" and data.y.dtype.kind in "iuf":
         _progress(

@@ -1,0 +1,667 @@
+"""SDM: classify, and say which answers rest on training rows that the model gets right.
+
+The activation and its loss are in :mod:`uq.nn.sdm`, the search for neighbours in
+:mod:`uq.inference.sdm`, quantiles and the high-reliability region in
+:mod:`uq.inference.sdm_calibration`. Here: splits, training with q and d found again after each
+epoch, and the frame of :meth:`SDMClassifier.verify`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import torch
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils.validation import check_is_fitted, column_or_1d
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from uq.errors import DataError, ParameterError
+from uq.inference.data import ArrayBatches
+from uq.inference.posterior import (
+    LastLayerPosterior,
+    MixturePosterior,
+    Posterior,
+    WeightPosterior,
+)
+from uq.inference.sdm import nearest_rows
+from uq.inference.sdm_calibration import (
+    SDMPosterior,
+    Verdicts,
+    check_alpha,
+    distance_cdfs,
+    distance_quantile,
+    rescaled_similarity,
+)
+from uq.inference.training import TrainingResult, cosine_schedule, train
+from uq.models.base import Classifier, TrainingData, _as_numpy, weighted_mean
+from uq.models.checks import check_number
+from uq.models.documentation import documented
+from uq.nn.bodies import MLP
+from uq.nn.network import probe_outputs
+from uq.nn.sdm import Q_SOFTMAX, ExemplarAdaptor, FeatureNetwork, SDMLoss
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import ArrayLike
+
+_SMALLEST_P = 1e-12
+
+
+class _SDMObjective(nn.Module):
+    """Loss of a batch whose q and d are known."""
+
+    def __init__(self, body: nn.Module, head: ExemplarAdaptor) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.loss = SDMLoss("none")
+
+    def forward(
+        self, x: Tensor, y: Tensor, q: Tensor, d: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """Mean SDM loss of the batch."""
+        _, logits = self.head(self.body(x))
+        return weighted_mean(self.loss(logits, y, q, d), weight)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Distinct rows: outputs of the frozen part, class, weight, and where they came from."""
+
+    embedded: Tensor
+    y: Tensor
+    weight: Tensor
+    position: Tensor
+
+    def __getitem__(self, at: Tensor) -> _Rows:
+        return _Rows(self.embedded[at], self.y[at], self.weight[at], self.position[at])
+
+
+class _Round:
+    """One split and one training: what :func:`train` needs, and what is kept of it."""
+
+    def __init__(self, posterior: SDMPosterior, support: _Rows, calibration: _Rows) -> None:
+        self.posterior = posterior
+        self.support = support
+        self.calibration = calibration
+        # The first epoch is that of a softmax and its cross-entropy.
+        self.d = torch.ones_like(support.weight)
+        self.q = Q_SOFTMAX * self.d
+        self.mean_q: list[float] = []
+
+    def refresh(self) -> float:
+        """Find q and d again under the current weights; return the balanced calibration loss."""
+        posterior, s, c = self.posterior, self.support, self.calibration
+        posterior.learn_support(s.embedded, s.y, s.position)
+        if not bool(posterior.support.isfinite().all()):
+            return math.nan  # the training loop says what to do
+        own = posterior.match_support()
+        cdfs = distance_cdfs(own.d0, own.q, s.y, posterior.n_classes, s.weight)
+        d = distance_quantile(own.d0, cdfs)
+        # d = 0 at all rows has no gradient, and nothing would ever move: as in the first epoch.
+        alive = bool(d.any())
+        self.q.copy_(own.q if alive else torch.full_like(d, Q_SOFTMAX))
+        self.d.copy_(d if alive else torch.ones_like(d))
+        v = posterior.calibrate(c.embedded, c.y, c.weight)
+        loss = SDMLoss("none")(v.logits, c.y, v.q.double(), v.d)
+        self.mean_q.append(self._balanced(v.q.double()))
+        return self._balanced(loss)
+
+    def _balanced(self, rows: Tensor) -> float:
+        """Mean over classes of the weighted mean over the calibration rows of each."""
+        y, w = self.calibration.y, self.calibration.weight
+        total = torch.zeros(self.posterior.n_classes, dtype=rows.dtype, device=rows.device)
+        weight = total.index_add(0, y, w)
+        mean = total.index_add(0, y, rows * w) / weight
+        return float(mean[weight > 0].mean())
+
+
+@documented(
+    lr="3e-3",
+    patience='"auto"',
+    outputs="features (n, D), and is trained with the rest",
+    held_out="""\
+Stop after this many epochs without a better SDM loss on the calibration rows; "auto" takes a
+        tenth of the epochs, at least 20. The best epoch is kept in any case.""",
+)
+@dataclass(eq=False, repr=False)
+class SDMClassifier(Classifier):
+    """Classify by similarity, distance and magnitude; know which answers are reliable.
+
+    The rows are split into a support and a calibration half. A prediction rests on the logits, on
+    how many of the nearest support rows in a row the model gets right (q), and on how usual the
+    distance to the nearest is (d). :meth:`verify` says for each row whether it lies in the region
+    where the accuracy, given any class, was at least ``alpha`` on the calibration half.
+
+    Parameters
+    ----------
+    base : Module, classifier or None, default=None
+        What gives the embeddings; it is trained already and never changed.
+
+        - None: the inputs are the embeddings (or ``module`` or ``hidden`` make them).
+        - torch.nn.Module: its outputs, or those of ``layer``.
+        - fitted classifier of uq: the features of its network (of the first, for an ensemble);
+          "penultimate" unless ``layer`` says otherwise.
+        - any other fitted classifier: its log probabilities. Wrap it in scikit-learn's
+          FrozenEstimator where the SDMClassifier itself is cloned (cross-validation).
+    layer : str, optional
+        Name of the submodule of ``base`` whose output is the embedding, or "penultimate" for what
+        enters its last linear layer.
+    alpha : float, default=0.95
+        Accuracy of the high-reliability region given each class, in (0.5, 1].
+    n_exemplar : int, default=64
+        Width of the exemplars, in which distances are taken. The paper takes 1,000, for embeddings
+        of thousands of features.
+    n_rounds : int, default=1
+        Splits and trainings, of which the one with the lowest calibration loss is kept. Each costs
+        as much as the first; the paper takes 10.
+    {shared}
+    {tail}
+
+    Attributes
+    ----------
+    {fitted}
+    classes_ : ndarray of shape (n_classes,)
+        Labels.
+    q_min_ : float
+        Smallest rescaled similarity q' in the region; infinite where ``alpha`` is out of reach
+        with this model and data: then no row is in the region. A lower alpha may do
+        (``verify(X, alpha=0.9)``), or more rows of each class.
+    psi_ : ndarray of shape (n_classes,)
+        Smallest probability, by predicted class, in the region.
+    n_support_, n_calibration_ : int
+        Distinct rows in each half.
+
+    Notes
+    -----
+    ``hidden`` is () here: the adaptor from embeddings to exemplars is linear. ``history_`` has
+    "held_out_loss", the SDM loss on the calibration rows, mean over classes, and "mean_q" of the
+    same rows: training works where the first falls and the second rises. Losses are to base 2 + q.
+
+    Rows that are equal in inputs and label are one row of the support, with their joint weight
+    elsewhere: copies would else stand on both sides of the split. d is the smallest quantile over
+    the classes: one whose rows lie much closer together than those of others rejects the others.
+
+    The predictive is one categorical distribution: SDM is not Bayesian, and says what it does not
+    know by q and d instead of ``epistemic``. Where d = 0 probabilities are equal up to 1e-7, which
+    keeps the predicted class the most probable.
+
+    The region holds what it promises on the calibration rows by construction, given each true
+    class, and not quite on new rows: t is chosen on the same rows. ``in_region_lower`` allows for
+    sampling error by the DKW band.
+
+    References
+    ----------
+    A. Schmaltz, "Similarity-Distance-Magnitude Activations", Findings of ACL 2026,
+    arXiv 2509.12760: eq. 5 (activation), Algorithm 1 (region), appendix A.5 (band).
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_wine
+    >>> from sklearn.model_selection import train_test_split
+    >>> from uq import SDMClassifier
+    >>> from uq.calibration import report
+    >>> X, X_new, y, y_new = train_test_split(*load_wine(return_X_y=True), random_state=0)
+    >>> model = SDMClassifier(alpha=0.9, max_epochs=40, random_state=0).fit(X, y)
+    >>> checked = model.verify(X_new)
+    >>> bool(checked["in_region"].any() and not checked["in_region"].all())
+    True
+    >>> r = report(model.predict_distribution(X_new), y_new, groups=checked["in_region"])
+    >>> r.groups_frame().query("metric == 'accuracy'")[["grouping", "group"]].values.tolist()
+    [['in_region', 'False'], ['in_region', 'True']]
+    """
+
+    base: Any = None
+    _: KW_ONLY
+    layer: str | None = None
+    alpha: float = 0.95
+    n_exemplar: int = 64
+    n_rounds: int = 1
+    hidden: Any = ()
+    lr: float = 3e-3
+    patience: int | Literal["auto"] | None = "auto"
+
+    q_min_: float = field(init=False)
+    psi_: np.ndarray = field(init=False)
+    n_support_: int = field(init=False)
+    n_calibration_: int = field(init=False)
+    widths_: tuple[int, int] = field(init=False)
+
+    # -- parameters ------------------------------------------------------------------------
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        name = type(self).__name__
+        check_alpha(name, self.alpha)
+        check_number(self, "n_exemplar", at_least=1, integer=True)
+        check_number(self, "n_rounds", at_least=1, integer=True)
+        if self.layer is not None and not isinstance(self.layer, str):
+            raise ParameterError(f"{name}: layer must be a name or None, got {self.layer!r}.")
+        known = self.base is None or isinstance(self.base, nn.Module) or self._wraps_estimator
+        if not known:
+            raise ParameterError(
+                f"{name}: base must be a torch.nn.Module, a fitted classifier or None, got "
+                f"{self.base!r}."
+            )
+        if isinstance(self.base, nn.Module) and self.module is not None:
+            raise ParameterError(
+                f"{name}: base is a network, so module must be None; widths of layers between "
+                "them are hidden."
+            )
+        if self.base is None and self.layer is not None:
+            raise ParameterError(f"{name}: layer is a part of base, which is None.")
+
+    @property
+    def _wraps_estimator(self) -> bool:
+        return hasattr(self.base, "predict") and not isinstance(self.base, type)
+
+    @property
+    def _takes_any_rows(self) -> bool:
+        return super()._takes_any_rows or isinstance(self.base, nn.Module)
+
+    @property
+    def _standardizes(self) -> bool:
+        return super()._standardizes and not isinstance(self.base, nn.Module)
+
+    def _split(self, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """All rows: the calibration half does what held-out rows would do."""
+        return np.arange(len(y)), np.arange(0)
+
+    # -- fit -------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None, sample_weight: ArrayLike | None = None) -> Self:
+        """Fit the adaptor, hold the support, and calibrate; see :meth:`uq.MAPClassifier.fit`.
+
+        Raises
+        ------
+        DataError
+            Beside the usual: if no class has two distinct rows, one of which is for calibration.
+        NotFittedError
+            If ``base`` is a classifier that is not fitted.
+
+        Warns
+        -----
+        UserWarning
+            If a class has no calibration row like its neighbours, so that nothing is answered.
+        """
+        self._check_parameters()
+        super().fit(self._embed(X), y, sample_weight)
+        posterior: Any = self.posterior_
+        if sample_weight is not None:  # rows of weight 0 were taken out
+            kept = torch.from_numpy(np.flatnonzero(np.asarray(sample_weight) > 0))
+            rows = posterior.support_rows
+            posterior.support_rows = kept.to(rows.device)[rows]
+        return self
+
+    def _infer(self, data: TrainingData) -> tuple[SDMPosterior, TrainingResult]:
+        x, y, weight = _all_rows(data)
+        frozen = self._frozen()
+        first, weight = _distinct(x, y, weight, len(self.classes_))
+        self.widths_ = self._probe(frozen)
+        device = data.fabric.device
+        frozen.to(device)
+        embedded = torch.cat([frozen(rows) for rows in x[first].split(1024)]).detach()
+        rows = _Rows(embedded, y[first], weight, first)
+        splits, shuffle = data.generator(data.seeds.split), data.generator(data.seeds.shuffle)
+        best: tuple[float, _Round, TrainingResult] | None = None
+        for _ in range(self.n_rounds):
+            support, calibration = self._halves(rows.y, splits)
+            self.n_support_, self.n_calibration_ = len(support), len(calibration)
+            posterior = self._make_posterior(frozen, data.seeds.predict).to(device)
+            this = _Round(posterior, rows[support], rows[calibration])
+            result = self._train_round(this, data, shuffle)
+            if result.best_epoch > 0:
+                loss = this.refresh()  # of the best epoch, whose weights are back
+                result.history["mean_q"] = this.mean_q[: len(result.history["train_loss"])]
+                if best is None or loss < best[0]:
+                    best = loss, this, result
+            if result.error is not None or result.stop_reason == "interrupted":
+                break
+        if best is None:
+            return posterior, result
+        _, chosen, kept = best
+        kept.error = result.error
+        if result.stop_reason in ("interrupted", "non_finite"):
+            kept.stop_reason = result.stop_reason
+        self.n_support_, self.n_calibration_ = len(chosen.support.y), len(chosen.calibration.y)
+        self._warn_if_hopeless(chosen.posterior)
+        region = chosen.posterior.region(self.alpha)
+        self.q_min_, self.psi_ = region.q_min, region.psi.cpu().numpy()
+        return chosen.posterior, kept
+
+    def _train_round(
+        self, this: _Round, data: TrainingData, shuffle: torch.Generator
+    ) -> TrainingResult:
+        posterior, support = this.posterior, this.support
+        with torch.no_grad():
+            posterior.body.eval()
+            posterior.head.normalise(posterior.body(support.embedded))
+        # The loop reads q and d from here, where ``refresh`` writes them.
+        tensors = [support.embedded, support.y, this.q, this.d]
+        if bool((support.weight != 1).any()):
+            weight = support.weight / support.weight.mean()
+            tensors.append(weight.to(support.embedded.dtype))
+        batches = ArrayBatches(*tensors, batch_size=self.batch_size, generator=shuffle)
+        objective = _SDMObjective(posterior.body, posterior.head)
+        parameters = [p for p in objective.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, self.lr, fused=True)
+        n_epochs = self._n_epochs(replace(data, batches=batches))
+        patience = max(20, n_epochs // 10) if self.patience == "auto" else self.patience
+        return train(
+            objective,
+            batches,
+            optimizer,
+            fabric=data.fabric,
+            max_epochs=n_epochs,
+            schedule=cosine_schedule(n_epochs * len(batches)),
+            held_out_loss=this.refresh,
+            patience=patience,
+            callbacks=self.callbacks,
+            verbose=self.verbose,
+            description=type(self).__name__,
+        )
+
+    def _halves(self, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Positions of a support and a calibration half, each with half of every class."""
+        halves: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for c in range(len(self.classes_)):
+            rows = (y == c).nonzero()[:, 0]
+            rows = rows[torch.randperm(len(rows), generator=generator, device=rows.device)]
+            middle = (len(rows) + 1) // 2  # a single one is support
+            halves[0].append(rows[:middle])
+            halves[1].append(rows[middle:])
+        support, calibration = (torch.cat(half).sort().values for half in halves)
+        if not len(calibration):
+            raise DataError(
+                f"{type(self).__name__}.fit: no class has two distinct rows, of which one could be "
+                "held for calibration; give more rows."
+            )
+        return support, calibration
+
+    def _warn_if_hopeless(self, posterior: SDMPosterior) -> None:
+        """Say where a class rules out every answer."""
+        empty = [
+            str(label)
+            for label, cdf in zip(self.classes_, posterior.cdfs, strict=True)
+            if not len(cdf.values)
+        ]
+        if empty:
+            warnings.warn(
+                f"{type(self).__name__}: no calibration row of class {', '.join(empty)} has a "
+                "nearest support row that the model gets right and that agrees with its "
+                "prediction. Every distance then counts as unusual: probabilities are equal, and "
+                "no row is in the region. Add rows of the class, train for longer (max_epochs, "
+                "lr), or leave the class out.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    # -- networks --------------------------------------------------------------------------
+
+    def _frozen(self) -> nn.Module:
+        """The part that is not trained."""
+        if not isinstance(self.base, nn.Module):
+            return nn.Identity()
+        network = copy.deepcopy(self.base).to(self._example().device, self._dtype)
+        return FeatureNetwork(network, self.layer).eval()
+
+    def _own_body(self) -> nn.Module:
+        """The part in front of the adaptor that is trained, if any."""
+        if isinstance(self.base, nn.Module):
+            return MLP(self.widths_[0], self.hidden, None).to(self._dtype)
+        return self._body(None)
+
+    def _probe(self, frozen: nn.Module) -> tuple[int, int]:
+        """Widths of the embeddings and of the features."""
+        width = 0
+        if isinstance(self.base, nn.Module):
+            width = probe_outputs(frozen, self._example(), "base").shape[1]
+            return width, self.hidden[-1] if self.hidden else width
+        return width, probe_outputs(self._body(None), self._example()).shape[1]
+
+    def _make_posterior(self, frozen: nn.Module, seed: int = 0) -> SDMPosterior:
+        head = ExemplarAdaptor(self.widths_[1], self.n_exemplar, len(self.classes_))
+        body, head = self._own_body(), head.to(self._dtype)
+        return SDMPosterior(frozen, body, head, self.n_support_, self.n_calibration_, seed)
+
+    def _build_posterior(self) -> SDMPosterior:
+        return self._make_posterior(self._frozen())
+
+    # -- embeddings of a fitted classifier ---------------------------------------------------
+
+    def _embed(self, X: Any) -> Any:
+        """What the adaptor takes of ``X``: itself, unless ``base`` is a classifier."""
+        base = self.base.estimator if isinstance(self.base, FrozenEstimator) else self.base
+        if base is None or isinstance(base, nn.Module):
+            return X
+        check_is_fitted(base)
+        if isinstance(X, Dataset | DataLoader):
+            raise DataError(
+                f"{type(self).__name__}: with a classifier as base, X must be what its predict "
+                f"takes, not a {type(X).__name__}."
+            )
+        posterior = getattr(base, "posterior_", None)
+        if isinstance(posterior, Posterior) and (network := _network_of(posterior)) is not None:
+            x, _ = base._posterior_at(X)
+            layer = self.layer or (
+                None if isinstance(posterior, LastLayerPosterior) else "penultimate"
+            )
+            features = FeatureNetwork(copy.deepcopy(network), layer).eval()
+            with torch.no_grad():
+                return torch.cat([features(rows) for rows in x.split(1024)]).cpu().numpy()
+        if self.layer is not None:
+            raise ParameterError(
+                f"{type(self).__name__}: layer needs a base with a network, got a "
+                f"{type(base).__name__}."
+            )
+        return _log_probabilities(base, X)
+
+    def _posterior_at(self, X: Any) -> tuple[Tensor, Any]:
+        check_is_fitted(self)
+        index = getattr(X, "index", None) if hasattr(X, "iloc") else None
+        x, _ = super()._posterior_at(self._embed(X))
+        return x, index
+
+    # -- verify ------------------------------------------------------------------------------
+
+    def verify(
+        self,
+        X: Any,
+        *,
+        alpha: float | None = None,
+        n_exemplars: int = 1,
+        backend: Literal["torch", "faiss"] = "torch",
+    ) -> pd.DataFrame:
+        """Say of each row what is predicted, on which training rows, and whether to believe it.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor of shape (n, d)
+            Inputs.
+        alpha : float, optional
+            Accuracy of the region, in (0.5, 1]; by default the one of the constructor. The region
+            is found again from the calibration rows; nothing is trained.
+        n_exemplars : int, default=1
+            How many of the nearest support rows to show.
+        backend : {"torch", "faiss"}, default="torch"
+            What finds them beyond the first; "faiss" needs that package.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row for each of ``X``, with its index, and the columns
+
+            - prediction: label; probability: its probability; lower, upper: the same at the ends
+              of the DKW band of d at level ``alpha``
+            - q, d, q_prime: similarity, distance quantile, and both in one number, q'
+            - distance: L2 distance to the nearest support row, in exemplar units
+            - n_effective: calibration rows of the scarcest class whose q' is no larger
+            - in_region: whether the row is in the high-reliability region; in_region_lower:
+              whether it is at the lower end of the band, too (for decisions)
+            - abstain: whether not in the region; out_of_distribution: whether q is 0
+            - exemplar_index, exemplar_label, exemplar_distance: position in the data that was
+              fitted, label and distance of the nearest support row; with suffixes _2, _3, … for
+              the next
+
+        Raises
+        ------
+        ParameterError
+            If ``alpha``, ``n_exemplars`` or ``backend`` cannot be used.
+
+        Examples
+        --------
+        >>> from sklearn.datasets import load_wine
+        >>> from uq import SDMClassifier
+        >>> X, y = load_wine(return_X_y=True)
+        >>> model = SDMClassifier(max_epochs=40, random_state=0).fit(X, y)
+        >>> far = model.verify(X[:1] + 1e4)
+        >>> bool(far["d"].item() == 0), bool(far["abstain"].item())
+        (True, True)
+        """
+        import pandas as pd
+
+        alpha = self.params_["alpha"] if alpha is None else alpha
+        check_alpha(f"{type(self).__name__}.verify", alpha)
+        v, posterior, index = self._verdicts(X)
+        region = posterior.region(alpha)
+        sizes, d_low, d_high = posterior.band(v, alpha)
+        lower = v.at(d_low)
+        inside = region.admits(v.q_prime, v.p, v.predictions)
+        inside_lower = region.admits(rescaled_similarity(v.q, lower), lower, v.predictions)
+        frame = pd.DataFrame(
+            {
+                "prediction": self.classes_[_as_numpy(v.predictions)],
+                **{
+                    name: _as_numpy(values)
+                    for name, values in {
+                        "probability": v.p,
+                        "lower": lower,
+                        "upper": v.at(d_high),
+                        "q": v.q,
+                        "d": v.d,
+                        "q_prime": v.q_prime,
+                        "distance": v.d0,
+                        "n_effective": sizes.amin(1),
+                        "in_region": inside,
+                        "in_region_lower": inside_lower,
+                        "abstain": ~inside,
+                        "out_of_distribution": v.q == 0,
+                    }.items()
+                },
+            },
+            index=index,
+        )
+        at, distance = v.nearest[:, None], v.d0[:, None]
+        if n_exemplars != 1:
+            at, distance = nearest_rows(
+                v.exemplars, posterior.support, n_exemplars, backend=backend
+            )
+        for k in range(at.shape[1]):
+            suffix = f"_{k + 1}" if k else ""
+            labels = self.classes_[_as_numpy(posterior.support_labels[at[:, k]])]
+            frame[f"exemplar_index{suffix}"] = _as_numpy(posterior.support_rows[at[:, k]])
+            frame[f"exemplar_label{suffix}"] = labels
+            frame[f"exemplar_distance{suffix}"] = _as_numpy(distance[:, k])
+        return frame
+
+    def region_accuracy(self, X: Any, y: ArrayLike, *, alpha: float | None = None) -> pd.DataFrame:
+        """Accuracy in the region, over all rows, by true class and by predicted class.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor of shape (n, d)
+            Inputs of held-out rows.
+        y : array-like of shape (n,)
+            Their labels.
+        alpha : float, optional
+            As for :meth:`verify`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Index (given, class): ("all", ""), then ("true", c) and ("predicted", c); columns n,
+            n_in_region, share and accuracy. The accuracy of no row is NaN, not 0.
+        """
+        import pandas as pd
+
+        labels = column_or_1d(y, warn=True)
+        self._encode_targets(labels)
+        checked = self.verify(X, alpha=alpha)
+        predicted = checked["prediction"].to_numpy()
+        inside = checked["in_region"].to_numpy()
+        groups = {("all", ""): np.ones(len(labels), dtype=bool)}
+        for name, of in (("true", labels), ("predicted", predicted)):
+            groups |= {(name, c): of == c for c in self.classes_.tolist()}
+        rows = []
+        for among in groups.values():
+            answered = among & inside
+            right = (predicted == labels)[answered]
+            share = answered.sum() / among.sum() if among.any() else np.nan
+            accuracy = right.mean() if len(right) else np.nan
+            rows.append((int(among.sum()), int(answered.sum()), share, accuracy))
+        where = pd.MultiIndex.from_tuples(list(groups), names=["given", "class"])
+        return pd.DataFrame(rows, where, columns=["n", "n_in_region", "share", "accuracy"])
+
+    def _verdicts(self, X: Any) -> tuple[Verdicts, SDMPosterior, Any]:
+        x, index = self._posterior_at(X)
+        posterior: Any = self.posterior_
+        return posterior.judge(x), posterior, index
+
+
+def _all_rows(data: TrainingData) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, classes and the user's weights of all rows."""
+    batches = data.batches
+    columns = (
+        batches.tensors
+        if isinstance(batches, ArrayBatches)
+        else [torch.cat(ts) for ts in zip(*batches, strict=True)]
+    )
+    x, y, *weight = columns
+    if not weight:
+        return x, y, torch.ones(len(y), dtype=torch.float64, device=y.device)
+    # They were divided by their mean, in the precision of training.
+    w = weight[0].double() * (data.n_effective / len(y))
+    return x, y, torch.where((w - w.round()).abs() < 1e-5 * w, w.round(), w)
+
+
+def _distinct(x: Tensor, y: Tensor, weight: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """First position and joint weight of each distinct (x, y), in an order of the values alone."""
+    flat = x.flatten(1)
+    ids = flat.unique(dim=0, return_inverse=True)[1]
+    keys, group = (ids * n_classes + y).unique(return_inverse=True)
+    total = weight.new_zeros(len(keys)).index_add(0, group, weight)
+    positions = torch.arange(len(y), device=y.device)
+    first = positions.new_full((len(keys),), len(y))
+    return first.scatter_reduce(0, group, positions, "amin"), total
+
+
+def _network_of(posterior: Posterior) -> nn.Module | None:
+    """The network behind a posterior: at its mean, or of its first member."""
+    if isinstance(posterior, MixturePosterior):
+        return posterior.members[0].network.body
+    if isinstance(posterior, WeightPosterior):
+        return posterior.network.body
+    if isinstance(posterior, LastLayerPosterior):
+        return posterior.body
+    return None
+
+
+def _log_probabilities(base: Any, X: Any) -> np.ndarray:
+    """Centred log probabilities, or decision values of a classifier without probabilities."""
+    if hasattr(base, "predict_proba"):
+        p = np.clip(np.asarray(base.predict_proba(X), dtype=np.float64), _SMALLEST_P, 1)
+        log_p: np.ndarray = np.log(p) - np.log(p).mean(1, keepdims=True)
+        return log_p
+    if hasattr(base, "decision_function"):
+        values = np.asarray(base.decision_function(X), dtype=np.float64)
+        return values.reshape(len(values), -1)
+    raise ParameterError(
+        f"SDMClassifier: base must have predict_proba or decision_function; a "
+        f"{type(base).__name__} has neither."
+    )
