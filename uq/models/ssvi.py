@@ -82,7 +82,7 @@ class _SSVI(Estimator):
     prior_scale: float = 1.0
     init_std: float = 0.1
     lr_std: float = 1e-2
-    temperature: float = 1.0
+    temperature: float = 0.1
     kl_warmup: float = 0.5
     n_samples: int = 32
 
@@ -209,8 +209,9 @@ default="snr"
         Posterior standard deviation at the start, as a share of the prior's.
     lr_std : float, default=1e-2
         Learning rate of the standard deviations' parameters, scheduled like ``lr``.
-    temperature : float, default=1.0
-        Weight of the KL: 1 is the Bayesian posterior, below 1 the likelihood counts more.
+    temperature : float, default=0.1
+        Weight of the KL. 1 is the Bayesian posterior, whose mean-field form underfits networks of
+        more weights than rows; the authors take 0.01.
     kl_warmup : float, default=0.5
         Share of the epochs over which the weight of the KL rises to ``temperature``.
     n_samples : int, default=32
