@@ -150,8 +150,9 @@ def convert(
             "GroupNorm, InstanceNorm). Train a network that has one, or insert layers that change "
             "nothing yet: uq.inference.insert_norms(module, X)."
         )
+    like = next((p for p in module.parameters() if p.is_floating_point()), None)
     for name, layer in found:
-        make_bayesian(layer, alpha, noise_shape, generator, name or type(layer).__name__)
+        make_bayesian(layer, alpha, noise_shape, generator, name or type(layer).__name__, like)
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(True)
     return module

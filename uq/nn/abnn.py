@@ -220,8 +220,12 @@ def make_bayesian(
     noise_shape: NoiseShape,
     generator: torch.Generator | None,
     name: str,
+    like: Tensor | None = None,
 ) -> None:
-    """Turn the layer called ``name`` into a Bayesian one, in place; see :func:`bayesian_norm`."""
+    """Turn the layer called ``name`` into a Bayesian one, in place; see :func:`bayesian_norm`.
+
+    A scale and a shift that it lacks get the type and device of ``like``.
+    """
     _check_noise(alpha, noise_shape)
     alpha = DEFAULT_ALPHA[noise_shape] if alpha is None else float(alpha)
     if isinstance(layer, BayesianNorm):
@@ -229,7 +233,7 @@ def make_bayesian(
     else:
         source = type(layer)
         _check_layer(layer, name)
-        _add_affine(layer)
+        _add_affine(layer, like)
     if noise_shape != "channel" and source.forward not in _PLAIN_FORWARDS:
         raise ParameterError(
             f"{name}, a {source.__name__}, has a forward of its own, into which noise_shape="
@@ -267,7 +271,7 @@ def _check_layer(layer: nn.Module, name: str) -> None:
         )
 
 
-def _add_affine(layer: nn.Module) -> None:
+def _add_affine(layer: nn.Module, like: Tensor | None) -> None:
     """Give a layer without scale and shift γ = 1 and β = 0."""
     if layer.weight is not None:
         return
@@ -276,7 +280,7 @@ def _add_affine(layer: nn.Module) -> None:
     else:
         shape = (layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features,)
         flag = "affine"
-    like = next((b for b in layer.buffers() if b.is_floating_point()), None)
+    like = next((b for b in layer.buffers() if b.is_floating_point()), like)
     setattr(layer, flag, True)
     factory = {} if like is None else {"device": like.device, "dtype": like.dtype}
     layer.weight = nn.Parameter(torch.ones(shape, **factory))
