@@ -667,7 +667,8 @@ def _next_temperature(log_weights: Tensor, log_l: Tensor, now: Tensor, threshold
         middle = (low + high) / 2
         good = size(middle) >= limit
         low, high = torch.where(good, middle, low), torch.where(good, high, middle)
-    step = torch.where(done, 1 - now, low.clamp(min=_SMALLEST_STEP))
+    # The upper end: its size is just below the limit, so that the cloud is resampled.
+    step = torch.where(done, 1 - now, high.clamp(min=_SMALLEST_STEP))
     return torch.where(done, 1.0, now + step).clamp(max=1.0)
 
 

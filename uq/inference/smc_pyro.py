@@ -49,7 +49,8 @@ def pyro_densities(
     ParameterError
         If a latent site is discrete, there is none, nothing is observed, or data is subsampled.
     """
-    trace = _trace(model, args, kwargs, {})
+    with isolated_rng(0, torch.device("cpu")), torch.no_grad():
+        trace = _trace(model, args, kwargs, {})
     sites = {k: trace.nodes[k] for k in trace.stochastic_nodes}
     if any(_subsamples(node) for node in trace.nodes.values()):
         raise ParameterError("SMC on a Pyro model: plates must not subsample the data.")
@@ -84,7 +85,8 @@ def pyro_densities(
         unconstrained = split(vector)
         values = {k: transforms[k](v) for k, v in unconstrained.items()}
         found = _trace(model, args, kwargs, values)
-        found.compute_log_prob()
+        with pyro.validation_enabled(False):  # it would branch on values
+            found.compute_log_prob()
         prior = likelihood = vector.new_zeros(())
         for name, node in found.nodes.items():
             if node["type"] != "sample" or site_is_subsample(node):
