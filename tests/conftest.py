@@ -8,6 +8,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# NUTS is compiled for each shape of network and data: without optimisation that takes a second or
+# two rather than ten.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "nuts": {"n_chains": 1, "n_warmup": 4, "n_draws": 8, "max_tree_depth": 3},
     "pbnn": {"n_particles": 100, "move_var": 1e-3},
     "ensemble": {"n_members": 2},
-    "implicit": {"n_samples": 8, "noise_dim": 4, "width": 4},
+    "implicit": {"n_samples": 8, "noise_dim": 4, "width": 4, "mc_samples": 1},
     "map": {},
 }
 # Methods whose network gives features, of any width, instead of what the likelihood takes.

@@ -130,6 +130,14 @@ class DrawsPosterior(WeightPosterior):
         """Number of draws held."""
         return next(iter(self.draws.values())).shape[0]
 
+    def functions(self, x: Tensor, n: int) -> Tensor:
+        """Evaluate n of the draws, spread evenly over all; see :meth:`Posterior.functions`."""
+        if n >= self.max_draws:
+            return super().functions(x, n)
+        rows = (torch.arange(n, device=x.device) + 0.5).mul(self.max_draws / n).long()
+        some = DrawsPosterior(self.network, {k: t[rows] for k, t in self.draws.items()})
+        return some.functions(x, n)
+
     def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
         """Hand out the stored draws in order."""
         position = 0
