@@ -39,7 +39,7 @@ def test_uncertainty_grows_away_from_the_data(kind):
 
 
 @pytest.mark.parametrize(
-    ("method", "task"), [c for c in CLASSIFIERS if c[0] not in ("map", "ensemble")]
+    ("method", "task"), [c for c in CLASSIFIERS if c[0] not in ("map", "ensemble", "sdm")]
 )
 def test_noise_is_more_uncertain_than_digits(method, task):
     X, y = load_digits(return_X_y=True)

@@ -392,7 +392,8 @@ class SDMPosterior(Posterior):
     def forward(self, x: Tensor, n_samples: int = 1) -> CategoricalMixture:
         """One categorical distribution a row; there are no draws."""
         v = self.judge(x)
-        logits = sdm_logits(v.logits, v.q.double(), v.d.clamp_min(_SMALLEST_D))
+        least = _SMALLEST_D / v.logits.abs().amax(1).clamp_min(1)
+        logits = sdm_logits(v.logits, v.q.double(), torch.maximum(v.d, least))
         return CategoricalMixture(logits[None].cpu())
 
     def functions(self, x: Tensor, n: int) -> Tensor:
