@@ -47,6 +47,7 @@ from uq.nn.abnn import (
     layer_settings,
     make_bayesian,
     perturb,
+    refuse_lazy,
     without_noise,
 )
 from uq.nn.network import Network
@@ -124,6 +125,7 @@ def to_abnn(
     torch.Size([60, 3])
     """
     _check_scope(scope)
+    refuse_lazy(module)
     memo: dict[int, Any] = {}
     if scope == "norm":
         norms = [m for m in module.modules() if isinstance(m, NORM_LAYERS)]
@@ -155,6 +157,12 @@ def convert(
         make_bayesian(layer, alpha, noise_shape, generator, name or type(layer).__name__, like)
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(True)
+    for part in module.modules():
+        # In eval mode, torch's fused path of transformers reads weights and passes layers by.
+        if isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0
+        elif isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False
     return module
 
 

@@ -199,10 +199,19 @@ def bayesian_norm(
     >>> bool((layer(x) == layer(x)).any())
     False
     """
+    refuse_lazy(layer)
     layer = copy.deepcopy(layer)
-    _check_noise(alpha, noise_shape)
     make_bayesian(layer, alpha, noise_shape, generator, type(layer).__name__)
     return cast(BayesianNorm, layer)
+
+
+def refuse_lazy(module: nn.Module) -> None:
+    """Raise a ParameterError if ``module`` has parameters that are still without a shape."""
+    lazy = [k for k, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)]
+    if lazy:
+        raise ParameterError(
+            f"{lazy[0]} is lazy and has no shape: run the module on a batch first."
+        )
 
 
 def _check_noise(alpha: float | None, noise_shape: str) -> None:
@@ -257,8 +266,6 @@ def _check_layer(layer: nn.Module, name: str) -> None:
             f"{name} is a {type(layer).__name__}, not a normalisation layer (BatchNorm, LayerNorm, "
             "RMSNorm, GroupNorm, InstanceNorm)."
         )
-    if any(map(is_lazy, (*layer.parameters(), *layer.buffers()))):
-        raise ParameterError(f"{name} is lazy: run the module on a batch first.")
     if isinstance(layer, _BatchNorm) and layer.running_mean is None:
         raise ParameterError(
             f"{name} has no running statistics (track_running_stats=False): the prediction of a "
