@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-SUITES = ("core", "contract", "calibration", "vbll", "ivon")
+SUITES = ("core", "contract", "calibration", "vbll", "ivon", "evidential", "sdm", "abnn")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -38,7 +38,9 @@ def machine() -> dict[str, str | int | None]:
 def main() -> None:
     """Run the suites that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument(
+        "suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES)
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of SUITE.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
