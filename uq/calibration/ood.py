@@ -15,7 +15,7 @@ import torch
 
 from uq.calibration.definitions import Definition
 from uq.calibration.rows import as_array
-from uq.distributions import ClassPredictive, Predictive, RealPredictive
+from uq.distributions import ClassPredictive, DirichletCategorical, Predictive, RealPredictive
 from uq.errors import DataError, NoEpistemicError, ParameterError
 
 if TYPE_CHECKING:
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 ScoreKind = Literal[
-    "auto", "max_probability", "entropy", "mutual_information", "epistemic", "variance"
+    "auto",
+    "max_probability",
+    "entropy",
+    "mutual_information",
+    "epistemic",
+    "vacuity",
+    "differential_entropy",
+    "variance",
 ]
 
 OOD_METRICS = (
@@ -352,10 +359,13 @@ def ood_score(prediction: Predictive, kind: ScoreKind = "auto") -> Floats:
     ----------
     prediction : ClassPredictive or RealPredictive
         Predictive distribution of n rows; a regression may have m outputs.
-    kind : {"auto", "max_probability", "entropy", "mutual_information", "epistemic", "variance"}
+    kind : {"auto", "max_probability", "entropy", "mutual_information", "epistemic", "vacuity", \
+            "differential_entropy", "variance"}
         Classification: ``"max_probability"`` is 1 − max p (Hendrycks and Gimpel, 2017),
         ``"entropy"`` the entropy of the predictive, ``"mutual_information"`` or ``"epistemic"`` the
-        epistemic part of it; both in nats. Regression: ``"epistemic"`` or ``"variance"``, the
+        epistemic part of it; both in nats. ``"vacuity"``, which orders rows as the negative of the
+        total evidence does, and ``"differential_entropy"`` are for Dirichlet predictions.
+        Regression: ``"epistemic"`` or ``"variance"``, the
         epistemic or the whole predictive variance. ``"auto"`` is the entropy for classification;
         for regression the epistemic variance, or the whole where the method has no epistemic one.
 
@@ -421,6 +431,15 @@ def _one_less_max(d: ClassPredictive) -> Tensor:
     return p.scatter(-1, p.argmax(-1, keepdim=True), 0.0).sum(-1)
 
 
+def _dirichlet(d: ClassPredictive, kind: str) -> DirichletCategorical:
+    if not isinstance(d, DirichletCategorical):
+        raise ParameterError(
+            f"ood_score: kind={kind!r} is for a DirichletCategorical, got a {type(d).__name__}; "
+            "use 'entropy' or 'epistemic'."
+        )
+    return d
+
+
 def _epistemic_if_any(d: RealPredictive) -> Tensor:
     try:
         return d.epistemic
@@ -434,6 +453,8 @@ _CLASS_SCORES: dict[str, Callable[[Any], Tensor]] = {
     "entropy": lambda d: d.entropy(),
     "mutual_information": lambda d: d.epistemic,
     "epistemic": lambda d: d.epistemic,
+    "vacuity": lambda d: _dirichlet(d, "vacuity").vacuity,
+    "differential_entropy": lambda d: _dirichlet(d, "differential_entropy").differential_entropy(),
 }
 _REAL_SCORES: dict[str, Callable[[Any], Tensor]] = {
     "auto": _epistemic_if_any,

@@ -17,14 +17,15 @@ and (Chen et al. 2024), with prior 0.1,
 
 each plus λ KL(Dir(α̃) ‖ Dir(prior · 1)), where α̃ is α without the evidence of the true class.
 
-Loss and gradient are computed in one pass, in closed form: as long as a forward pass alone takes,
-and without the tetragamma function that differentiating ψ1 would need.
+Loss and gradient are computed in one pass, in closed form, without the tetragamma function that
+differentiating ψ1 would need. On a CPU with Numba that is one compiled loop.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -36,7 +37,7 @@ from torch.nn import functional as F
 
 from uq.distributions import DirichletCategorical
 from uq.errors import DataError, ParameterError
-from uq.nn.evidential_functions import gamma_parts
+from uq.nn.evidential_functions import GammaParts, fill_gamma_parts, polynomials
 
 Loss = Literal["edl", "edl_nll", "edl_ce", "iedl", "redl"]
 LOSSES: tuple[str, ...] = get_args(Loss)
@@ -160,8 +161,24 @@ def _check(evidence: Tensor, y: Tensor) -> None:
         )
 
 
+@cache
+def _kernel() -> Callable[..., None] | None:
+    """Compiled loop over rows, where Numba is installed."""
+    try:
+        from uq.nn.evidential_kernel import dirichlet_rows
+    except ImportError:
+        return None
+    kernel: Callable[..., None] = dirichlet_rows
+    return kernel
+
+
 class _DirichletLoss(torch.autograd.Function):
-    """Rows of a loss, whose gradient is made in the forward pass."""
+    """Rows of a loss, whose gradient is made in the forward pass.
+
+    For a small network the number of operations counts, not their size. So the sums S and S̃ ride
+    along as two more columns of α, and all functions of α are rows of one block, which is summed
+    and gathered from at once.
+    """
 
     @staticmethod
     def forward(
@@ -173,48 +190,78 @@ class _DirichletLoss(torch.autograd.Function):
         kl_weight: float,
         logdet_weight: float,
     ) -> Tensor:
-        k = evidence.shape[1]
+        kernel = _kernel()
+        single = evidence.device.type == "cpu" and evidence.dtype == torch.float32
+        if kernel is not None and single and prior >= 1:
+            evidence, y = evidence.contiguous(), y.long().contiguous()
+            rows, grad = evidence.new_empty(len(evidence)), torch.empty_like(evidence)
+            coefficients = polynomials(1.0 - prior, 0, torch.float32, evidence.device)
+            arrays = (t.numpy() for t in (evidence, y, coefficients))
+            weights = float(prior), float(kl_weight), float(logdet_weight)
+            kernel(*arrays, LOSSES.index(loss), *weights, rows.numpy(), grad.numpy())
+            ctx.save_for_backward(grad)
+            return rows
+        n, k = evidence.shape
         at_y = y[:, None]
-        # The sums S and S̃ ride along as two more columns.
-        alpha_sums = evidence.new_empty(len(evidence), k + 2)
-        alpha = torch.add(evidence, prior, out=alpha_sums[:, :k])
+        block = evidence.new_empty(8, n, k + 2)
+        alpha_sums, psi1, g_slope, g, q, log_psi1, squares, fall = block.unbind(0)
         wrong = evidence.scatter(1, at_y, 0.0)  # evidence of the wrong classes: α̃ − prior
-        total, evidence_wrong = alpha.sum(1), wrong.sum(1)
-        alpha_sums[:, k] = total
-        alpha_sums[:, k + 1] = evidence_wrong + k * prior
-        alpha_y = alpha.gather(1, at_y).squeeze(1)
-        parts = gamma_parts(alpha_sums, prior)
+        wrong_sum = wrong.sum(1)
+        alpha = torch.add(evidence, prior, out=alpha_sums[:, :k])
+        torch.sum(alpha, 1, out=alpha_sums[:, k])
+        torch.add(wrong_sum, k * prior, out=alpha_sums[:, k + 1])
+        fill_gamma_parts(alpha_sums, prior, GammaParts(psi1, g_slope, g, q, log_psi1))
+        if loss == "iedl":
+            torch.addcmul(psi1, psi1, g_slope, out=fall)  # −ψ2/ψ1
+        classes, total, wrong_total = block[:, :, :k], block[:, :, k], block[:, :, k + 1]
+        _, psi1, g_slope, *_, squares, fall = classes.unbind(0)
+        grad = _weighted_squares(loss, alpha, psi1, fall, squares)
+        g_sum, q_sum, log_psi1_sum, squares_sum = classes[3:7].sum(2).unbind(0)
+        true = classes.gather(2, at_y.expand(8, n, 1)).squeeze(2)
+        alpha_y, psi1_y, *_, q_y, _, _, fall_y = true.unbind(0)
+        s, psi1_s, slope_s, g_s, _, log_psi1_s, _, fall_s = total.unbind(0)
 
         # The gradient is grad + (shift of a row) + (corner at the true class).
-        psi1 = parts.trigamma[:, :k]
-        grad = wrong.mul_(psi1).mul_(kl_weight)
-        shift = -kl_weight * evidence_wrong * parts.trigamma[:, k + 1]
-        corner = -shift
-        rows = kl_weight * _divergence(parts.q, at_y, alpha_sums[:, k + 1], prior)
         if loss == "edl_nll":
-            rows += total.log() - alpha_y.log()
-            shift += total.reciprocal()
-            corner -= alpha_y.reciprocal()
+            rows, shift, corner = s.log() - alpha_y.log(), s.reciprocal(), -alpha_y.reciprocal()
         elif loss == "edl_ce":
-            rows += torch.digamma(total) - torch.digamma(alpha_y)
-            shift += parts.trigamma[:, k]
-            corner -= psi1.gather(1, at_y).squeeze(1)
+            rows, shift, corner = torch.digamma(s) - torch.digamma(alpha_y), psi1_s.clone(), -psi1_y
         else:
-            fisher = None
+            # Σ_k w_k b_k i + w_y (1 − 2 p_y), with i = 1/(S (S + 1)) or 1/S², w = ψ1 or 1.
+            one = s.reciprocal()
+            other = one if loss == "redl" else (s + 1).reciprocal_()
+            inverse = one * other
+            p_y = alpha_y * one
+            rows, gap_y = squares_sum * inverse, torch.rsub(p_y, 1, alpha=2)
+            shift = (one + other).mul_(rows).neg_()
             if loss == "iedl":
-                slope = parts.trigamma * (parts.g_slope + 1)  # −ψ2/ψ1
-                fisher = psi1, slope[:, :k]
-                log_det = parts.log_trigamma[:, : k + 1].sum(1)
-                gap = parts.g[:, k] - parts.g[:, :k].sum(1)
-                log_det += gap.log()
-                rows -= logdet_weight * log_det
-                grad += slope[:, :k] * logdet_weight
-                grad += parts.g_slope[:, :k] * (logdet_weight / gap)[:, None]
-                shift += logdet_weight * (slope[:, k] - parts.g_slope[:, k] / gap)
-            variance = loss != "redl"
-            terms = _squares(alpha, total, alpha_y, at_y, grad, fisher, variance=variance)
-            for sums, term in zip((rows, shift, corner), terms, strict=True):
-                sums += term
+                gap_y *= psi1_y
+                one = one * psi1_y
+            shift.addcmul_(one, p_y, value=2)
+            corner = one * -2
+            rows += gap_y
+            grad *= inverse[:, None]
+        if loss == "iedl":
+            corner.addcmul_(fall_y, gap_y, value=-1)
+            grad.add_(wrong, alpha=kl_weight).mul_(psi1).add_(fall, alpha=logdet_weight)
+            gap = g_s - g_sum
+            log_det = gap.log().add_(log_psi1_sum).add_(log_psi1_s)
+            rows.add_(log_det, alpha=-logdet_weight)
+            pull = gap.reciprocal_().mul_(logdet_weight)
+            shift.add_(fall_s, alpha=logdet_weight).addcmul_(slope_s, pull, value=-1)
+            grad += g_slope * pull[:, None]
+        else:
+            grad.addcmul_(wrong, psi1, value=kl_weight)
+
+        # KL(Dir(α̃) ‖ Dir(prior · 1)): with h = q + α it is Σ h(α̃_k) − h(S̃)
+        # + prior (K − 1) ψ(S̃) + constants, in which the α cancel.
+        divergence = torch.digamma(wrong_total[0]).mul_(prior * (k - 1))
+        divergence.add_(q_sum).sub_(q_y).sub_(wrong_total[4])
+        constant = (k - 1) * math.lgamma(prior) - math.lgamma(k * prior) - prior
+        rows.add_(divergence, alpha=kl_weight).add_(kl_weight * constant)
+        back = wrong_sum.mul_(wrong_total[1])
+        shift.sub_(back, alpha=kl_weight)
+        corner.add_(back, alpha=kl_weight)
         grad += shift[:, None]
         grad.scatter_add_(1, at_y, corner[:, None])
         ctx.save_for_backward(grad)
@@ -227,55 +274,23 @@ class _DirichletLoss(torch.autograd.Function):
         return grad * grad_rows[:, None], None, None, None, None, None
 
 
-def _divergence(q: Tensor, at_y: Tensor, total_wrong: Tensor, prior: float) -> Tensor:
-    """KL(Dir(α̃) ‖ Dir(prior · 1)) of each row from q at α, S and S̃.
-
-    With h = q + α it is Σ h(α̃_k) − h(S̃) + prior (K − 1) ψ(S̃) + constants, in which the α cancel.
-    """
-    k = q.shape[1] - 2
-    constant = (k - 1) * math.lgamma(prior) - math.lgamma(k * prior) - prior
-    rows = q[:, :k].sum(1) - q.gather(1, at_y).squeeze(1) - q[:, k + 1]
-    return rows.add_(torch.digamma(total_wrong), alpha=prior * (k - 1)).add_(constant)
-
-
-def _squares(
-    alpha: Tensor,
-    total: Tensor,
-    alpha_y: Tensor,
-    at_y: Tensor,
-    grad: Tensor,
-    fisher: tuple[Tensor, Tensor] | None,
-    *,
-    variance: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared errors, weighted by ψ1 where ``fisher`` = (ψ1, −ψ2/ψ1): rows, shift and corner.
-
-    The sum is Σ w_k b_k / n + w_y (1 − 2 p_y), with b = α(α + 1) and n = S(S + 1), or without the
-    variance b = α² and n = S². The rest of the gradient is added to ``grad``.
-    """
-    if variance:
-        inverse = (total * (total + 1)).reciprocal_()
-        inverse_slope = -(2 * total + 1) * inverse.square()
-        b, b_slope = torch.addcmul(alpha, alpha, alpha), 2 * alpha + 1
-    else:
-        inverse = total.square().reciprocal_()
-        inverse_slope = -2 * inverse / total
-        b, b_slope = alpha.square(), 2 * alpha
-    p_y = alpha_y / total
-    if fisher is None:
-        sums = b.sum(1)
-        grad += b_slope.mul_(inverse[:, None])
-        rows = sums * inverse + 1 - 2 * p_y
-        slope_y = -2 / total
-        return rows, sums * inverse_slope - p_y * slope_y, slope_y
-    weight, fall = fisher
-    weight_y = weight.gather(1, at_y).squeeze(1)
-    grad += (b_slope - fall * b).mul_(weight).mul_(inverse[:, None])
-    sums = b.mul_(weight).sum(1)
-    rows = sums * inverse + weight_y * (1 - 2 * p_y)
-    slope_y = -2 * weight_y / total
-    corner = slope_y - weight_y * fall.gather(1, at_y).squeeze(1) * (1 - 2 * p_y)
-    return rows, sums * inverse_slope - p_y * slope_y, corner
+def _weighted_squares(
+    loss: str, alpha: Tensor, psi1: Tensor, fall: Tensor, squares: Tensor
+) -> Tensor:
+    """Write w b to ``squares`` and return its slope over w, for b = α(α + 1) or α², w = ψ1 or 1."""
+    if loss == "redl":
+        torch.mul(alpha, alpha, out=squares)
+        return alpha + alpha
+    if loss in ("edl_nll", "edl_ce"):
+        squares.zero_()
+        return torch.zeros_like(alpha)
+    after = alpha + 1
+    torch.mul(alpha, after, out=squares)
+    slope = after.add_(alpha)
+    if loss == "iedl":
+        slope.addcmul_(fall, squares, value=-1)
+        squares *= psi1
+    return slope
 
 
 class DirichletHead(nn.Module):

@@ -21,21 +21,21 @@ from numpy.polynomial import Chebyshev, Polynomial
 from scipy import special
 from torch import Tensor
 
-_DEGREE = 10
-_SHIFT_FLOAT64 = 8
+_DEGREE = 8
+_SHIFT_FLOAT64 = 12
 
 
 class GammaParts(NamedTuple):
     """Functions of α that appear in the losses, each of the shape of α."""
 
     trigamma: Tensor
-    log_trigamma: Tensor
-    g: Tensor
-    """1/ψ1(α) − α."""
     g_slope: Tensor
     """dg/dα = −ψ2(α)/ψ1(α)² − 1."""
+    g: Tensor
+    """1/ψ1(α) − α."""
     q: Tensor
     """−log Γ(α) + (α − prior) ψ(α) − α."""
+    log_trigamma: Tensor
 
 
 def gamma_parts(alpha: Tensor, prior: float = 1.0) -> GammaParts:
@@ -44,7 +44,7 @@ def gamma_parts(alpha: Tensor, prior: float = 1.0) -> GammaParts:
     Parameters
     ----------
     alpha : Tensor
-        Concentrations, float32 or float64.
+        Concentrations, float32 or float64, contiguous.
     prior : float, default=1.0
         Least concentration; it is also a part of ``q``.
 
@@ -52,28 +52,37 @@ def gamma_parts(alpha: Tensor, prior: float = 1.0) -> GammaParts:
     -----
     Errors are about 1e-7 (float32) or 1e-11 (float64) times max(1, log α), for any α.
     """
+    parts = GammaParts(*alpha.new_empty(5, *alpha.shape))
+    fill_gamma_parts(alpha, prior, parts)
+    return parts
+
+
+def fill_gamma_parts(alpha: Tensor, prior: float, out: GammaParts) -> None:
+    """Write what :func:`gamma_parts` gives to ``out``, rows of one contiguous tensor."""
     shift = _SHIFT_FLOAT64 if alpha.dtype == torch.float64 else int(prior < 1)
     # With x = α + n:  q(α) = −log Γ(x) + (x − 1) ψ(x) − α + c ψ(x) + Σ log(α + i)
     #                         − (α − prior) Σ 1/(α + i),   c = 1 − prior − n,   i = 0 … n − 1.
     c = 1 - prior - shift
     x = alpha + shift if shift else alpha
-    g, g_slope, q = _polynomials(x.reciprocal(), c, shift)
-    trigamma = (x + g).reciprocal_()
-    log_trigamma = trigamma.log()
-    q.add_(log_trigamma, alpha=0.5 - c)
+    _fill_polynomials(x, c, shift, out)
+    torch.add(x, out.g, out=out.trigamma).reciprocal_()
+    torch.log(out.trigamma, out=out.log_trigamma)
+    out.q.add_(out.log_trigamma, alpha=0.5 - c)
     if shift == 0:
-        return GammaParts(trigamma, log_trigamma, g, g_slope, q)
-    q += shift
-    tetragamma = -trigamma.square() * (1 + g_slope)
+        return
+    out.q.add_(shift)
+    trigamma, g = out.trigamma, out.g.clone()
+    tetragamma = -trigamma.square() * (1 + out.g_slope)
     for i in reversed(range(shift)):
         x = alpha + i
         one = x.reciprocal()
         g = x * (x * g - 1 - g) / (x * x + x + 1 + g)  # 1/(1/x² + ψ1(x + 1)) − x
+        trigamma += one.square()
         tetragamma -= 2 * one.pow(3)
-        q += x.log() - (alpha - prior) * one
-    trigamma = (alpha + g).reciprocal()
-    g_slope = -tetragamma / trigamma.square() - 1
-    return GammaParts(trigamma, trigamma.log(), g, g_slope, q)
+        out.q.add_(x.log() - (alpha - prior) * one)
+    out.g.copy_(g)
+    torch.sub(-tetragamma / trigamma.square(), 1, out=out.g_slope)
+    torch.log(trigamma, out=out.log_trigamma)
 
 
 def fisher_log_det(concentration: Tensor) -> Tensor:
@@ -109,32 +118,37 @@ def fisher_log_det(concentration: Tensor) -> Tensor:
 # -- polynomials in t = 1/x ------------------------------------------------------------------
 
 
-def _polynomials(t: Tensor, c: float, shift: int) -> tuple[Tensor, Tensor, Tensor]:
-    """g, dg/dx and r + c E at x = 1/t."""
-    coefficients = _coefficients(c, shift, t.dtype, t.device)
-    if t.device.type == "cpu":
-        # Powers by doubling, then one matrix product: few passes over memory.
-        powers = t.new_empty(_DEGREE + 1, *t.shape)
+def _fill_polynomials(x: Tensor, c: float, shift: int, out: GammaParts) -> None:
+    """Write dg/dx, g and r + c E at x >= 1 to ``g_slope``, ``g`` and ``q``."""
+    coefficients = polynomials(c, shift, x.dtype, x.device)
+    if x.device.type == "cpu":
+        # Powers of t by doubling, then one matrix product: few passes over memory.
+        powers = x.new_empty(_DEGREE + 1, *x.shape)
         powers[0].fill_(1)
-        powers[1].copy_(t)
-        torch.mul(t, t, out=powers[2])
+        torch.reciprocal(x, out=powers[1])
+        torch.mul(powers[1], powers[1], out=powers[2])
         torch.mul(powers[1:3], powers[2], out=powers[3:5])
         torch.mul(powers[1:5], powers[4], out=powers[5:9])
-        torch.mul(powers[1:3], powers[8], out=powers[9:11])
-        values = (coefficients @ powers.view(_DEGREE + 1, -1)).view(-1, *t.shape)
-    else:
-        # Horner's rule: on a GPU the product might be rounded to TF32.
-        columns = coefficients.T.reshape(_DEGREE + 1, -1, *(1,) * t.ndim)
-        values = torch.addcmul(columns[-2], columns[-1], t)
-        for column in columns[:-2].flip(0):
-            values = torch.addcmul(column, values, t)
-    g, g_slope, r = values
-    return g, g_slope, r
+        size = x.numel()
+        block = out.g_slope.as_strided((3, size), (size, 1))
+        torch.mm(coefficients, powers.view(_DEGREE + 1, -1), out=block)
+        return
+    # Horner's rule: on a GPU the product might be rounded to TF32.
+    t = x.reciprocal()
+    columns = coefficients.T.reshape(_DEGREE + 1, -1, *(1,) * t.ndim)
+    values = torch.addcmul(columns[-2], columns[-1], t)
+    for column in columns[:-2].flip(0):
+        values = torch.addcmul(column, values, t)
+    for target, value in zip((out.g_slope, out.g, out.q), values, strict=True):
+        target.copy_(value)
 
 
 @lru_cache(maxsize=32)
-def _coefficients(c: float, shift: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Coefficients (3, degree + 1), by interpolation at Chebyshev nodes in float64."""
+def polynomials(c: float, shift: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Coefficients in t of dg/dx, g and r + c E at x = 1/t >= max(1, ``shift``), shape (3, 9).
+
+    By interpolation at Chebyshev nodes, in float64.
+    """
     least = max(1, shift)  # of x
     n = _DEGREE + 1
     nodes = (1 + np.cos(np.pi * (np.arange(n) + 0.5) / n)) / (2 * least)
@@ -144,6 +158,6 @@ def _coefficients(c: float, shift: int, dtype: torch.dtype, device: torch.device
     g_slope = -tetragamma / trigamma**2 - 1
     r = -special.gammaln(x) + (x - 1) * digamma - x - 0.5 * np.log(trigamma)
     r += c * (digamma + np.log(trigamma))
-    fits = [Chebyshev.fit(nodes, v, _DEGREE, domain=[0, 1 / least]) for v in (g, g_slope, r)]
+    fits = [Chebyshev.fit(nodes, v, _DEGREE, domain=[0, 1 / least]) for v in (g_slope, g, r)]
     rows = [f.convert(kind=Polynomial).coef for f in fits]
     return torch.tensor(np.array(rows), dtype=dtype, device=device)
