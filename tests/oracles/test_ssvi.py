@@ -32,6 +32,7 @@ from uq.nn.ssvi import (
     sparsify,
 )
 from uq.nn.ssvi_compact import compact, densify
+from uq.nn.ssvi_products import Pattern, sparse_product
 
 MLP = [(64, 48), (48, 32), (32, 10)]
 
@@ -618,6 +619,49 @@ def test_compact_layers_of_every_kind(make, shape):
         torch.testing.assert_close(small(x), layer(x), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(ordinary(x), layer(x), rtol=1e-6, atol=1e-6)
     assert type(ordinary) is type(make())
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="compressed rows need MKL")
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_training_by_compressed_rows_is_training_by_dense_products(same_noise, monkeypatch):
+    results = {}
+    for limit in (1, 10**9):  # by rows, dense
+        monkeypatch.setattr("uq.nn.ssvi._MIN_WEIGHTS", limit)
+        net = spread(sparsify(mlp(), 0.15))
+        set_same_noise(net, same_noise)
+        assert net[0].by_rows == (limit == 1)
+        assert not net[4].by_rows  # dense
+        base = torch.optim.SGD(net.parameters(), 1e-2, momentum=0.9)
+        opt = SSVI(net, base, n_steps=20, update_every=4)
+        x, y = batch()
+        x.requires_grad_()
+        torch.manual_seed(1)
+
+        def closure(net=net, opt=opt, x=x, y=y):
+            opt.zero_grad()
+            # One row of output, so that noise comes in the same order in both layouts.
+            loss = F.cross_entropy(net(x[:1]), y[:1]) + sparse_kl(net) / 100
+            loss.backward()
+            return loss
+
+        losses = [opt.step(closure).detach() for _ in range(20)]
+        assert opt.n_updates == 3
+        results[limit] = [torch.stack(losses), x.grad, *net.state_dict().values()]
+    for a, b in zip(*results.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="compressed rows need MKL")
+def test_gradients_of_sparse_products():
+    torch.manual_seed(0)
+    index = torch.randperm(7 * 9)[:15].sort().values
+    pattern = Pattern.of(index, (7, 9))
+    values = torch.randn(15, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
+    dense = torch.zeros(63, dtype=torch.float64).scatter(0, index, values.detach()).view(7, 9)
+    torch.testing.assert_close(sparse_product(x, values, pattern), x @ dense.T)
+    torch.testing.assert_close(pattern.transposed(values.detach()).to_dense(), dense.T)
+    assert torch.autograd.gradcheck(lambda x, v: sparse_product(x, v, pattern), (x, values))
 
 
 def test_same_noise_is_set_everywhere():

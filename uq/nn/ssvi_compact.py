@@ -7,9 +7,7 @@ layers of low density multiply by the compressed rows on a CPU; elsewhere the we
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uq.nn.ssvi import Operation, Product, SparseGaussian, SparseGaussianLayer, swap
+from uq.nn.ssvi_products import can_compress, compressed
 
 # Where products with compressed rows beat dense ones, measured on one core.
 _MAX_DENSITY = 0.12
@@ -92,9 +91,7 @@ class CompactWeight(nn.Module):
         return (
             self.n_active <= _MAX_DENSITY * self.n
             and self.n >= _MIN_WEIGHTS
-            and self.mean.device.type == "cpu"
-            and self.mean.dtype in (torch.float32, torch.float64)
-            and torch.backends.mkl.is_available()
+            and can_compress(self.mean)
         )
 
     def index(self) -> Tensor:
@@ -120,12 +117,11 @@ class CompactWeight(nn.Module):
 
     def compressed(self) -> Tensor:
         """The means as a torch tensor of compressed rows (rows, columns)."""
-        _silence_beta_warning()
         columns = self._unpacked.get("columns")
         if columns is None:
             columns = self._unpacked["columns"] = self.columns.int()
         size = (self.shape[0], self.n // self.shape[0])
-        return torch.sparse_csr_tensor(self.row_starts, columns, self.mean, size=size)
+        return compressed(self.row_starts, columns, self.mean, size)
 
 
 class CompactLayer(nn.Module):
@@ -150,11 +146,13 @@ class CompactLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer."""
         if not self.by_rows or torch.is_grad_enabled():
-            return self.operation(x, self.weight.dense(), self.bias)
+            # After compressed rows x lies by columns, where narrow products are slow.
+            return self.operation(x.contiguous(), self.weight.dense(), self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        out = (self.weight.compressed() @ rows.T.contiguous()).T
-        out = out if self.bias is None else out + self.bias
-        return out.reshape(*x.shape[:-1], -1)
+        out = self.weight.compressed() @ rows.T.contiguous()
+        if self.bias is not None:
+            out += self.bias[:, None]
+        return out.T.reshape(*x.shape[:-1], -1)
 
 
 def compact(module: nn.Module) -> nn.Module:
@@ -228,11 +226,3 @@ def _ordinary(layer: CompactLayer) -> nn.Module:
     made.weight = nn.Parameter(weight.clone())
     made.bias = layer.bias
     return made
-
-
-@functools.cache
-def _silence_beta_warning() -> None:
-    """Torch calls its compressed tensors beta, once a process; what is used here is tested."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 1], [0], [1.0], size=(1, 1))
