@@ -74,7 +74,7 @@ def test_equals_a_search_of_the_cumulative_weights(scheme):
     log_w = weights(n, 2, runs=(3,)) - 1e4
     g, h = (torch.Generator().manual_seed(3) for _ in range(2))
     chosen = resample(log_w, scheme, generator=g).numpy()
-    u = resampling.uniforms(log_w, scheme, n, h).numpy()
+    u = resampling.uniforms(log_w, scheme, n, h).numpy()[:, :n]
     for row in range(3):
         w = np.exp(log_w[row].numpy() - log_w[row].numpy().max())
         points = (np.arange(n) + u[row]) / n
@@ -130,7 +130,7 @@ def test_ends_of_the_unit_interval(u, n):
     """At u = 0 a zero weight in front must not win; at u → 1 no index may pass the last."""
     w = torch.full((n,), 1.0, dtype=torch.float64)
     w[0] = w[-1] = 0.0
-    for scheme, size in (("systematic", 1), ("stratified", n), ("residual", 1)):
+    for scheme, size in (("systematic", 1), ("stratified", n + 1), ("residual", 1)):
         points = torch.full((size,), u, dtype=torch.float64)
         chosen = resampling._ancestors(resampling._counts(w.clone(), scheme, n, points), n)
         assert int(chosen[0]) >= 1

@@ -171,12 +171,16 @@ def uniforms(
 ) -> Tensor:
     """What a scheme draws: one uniform a run, one a place, or the ordered points themselves."""
     runs = log_weights.shape[:-1]
-    count = {"stratified": n, "multinomial": n + 1}.get(scheme, 1)
-    u = torch.empty(*runs, count, dtype=torch.float64, device=log_weights.device)
+    # Stratified draws one more than it needs: the place that a cumulative weight of 1 points at.
+    count = n + 1 if scheme in ("stratified", "multinomial") else 1
+    device = log_weights.device
     if scheme != "multinomial":
-        return u.uniform_(generator=generator)
+        # From 31 random bits, strictly inside (0, 1): half the price of a float64 uniform.
+        words = torch.empty(*runs, count, dtype=torch.int32, device=device)
+        return words.random_(generator=generator).double().add_(0.5).mul_(2.0**-31)
     # Ordered uniforms: arrival times of a Poisson process over that of the next arrival.
-    times = u.exponential_(generator=generator).cumsum(-1)
+    times = torch.empty(*runs, count, dtype=torch.float64, device=device)
+    times = times.exponential_(generator=generator).cumsum(-1)
     return times[..., :n] / times[..., n:]
 
 
@@ -194,16 +198,17 @@ def _scaled(log_weights: Tensor) -> Tensor:
 
 
 def _cumulative(w: Tensor) -> Tensor:
-    """Cumulative sum over its last: exactly 1 from the last positive weight on."""
-    c = w.cumsum(-1)
-    if w.device.type != "cpu":
+    """Cumulative sum over its last: exactly 1 from the last positive weight on. Takes over w."""
+    positive = w > 0 if w.device.type != "cpu" else None
+    c = torch.cumsum(w, -1, out=w)
+    if positive is not None:
         # A parallel sum need not increase, and may change where a weight is 0.
-        c = torch.where(w > 0, c, 0.0).cummax(-1).values
+        c = torch.where(positive, c, 0.0).cummax(-1).values
     return c.div_(c[..., -1:].clone())
 
 
 def _counts(w: Tensor, scheme: str, n: int, u: Tensor) -> Tensor:
-    """N_k = #{i : u_i < C_k} for each particle, in increasing order up to n."""
+    """N_k = #{i : u_i < C_k} for each particle, in increasing order up to n. Takes over w."""
     if scheme == "residual":
         expected = w * (n / w.sum(-1, keepdim=True))
         whole = expected.floor()
@@ -219,10 +224,10 @@ def _counts(w: Tensor, scheme: str, n: int, u: Tensor) -> Tensor:
     t = t.mul_(n)
     if scheme == "systematic":
         return _below(t, u, n).long()
-    # Points i < ⌊t⌋ lie below t, point ⌊t⌋ if its uniform is below the fraction.
+    # Points i < ⌊t⌋ lie below t, point ⌊t⌋ if its uniform is below the fraction. In place: memory
+    # that is new costs more than these operations.
     whole = t.long()
-    drawn = u.gather(-1, whole.clamp(max=n - 1))
-    return whole.add_(drawn < t.sub_(whole))
+    return whole.add_(u.gather(-1, whole) < t.frac_())
 
 
 def _below(t: Tensor, u: Tensor, n: Tensor | float) -> Tensor:
@@ -234,8 +239,9 @@ def _ancestors(counts: Tensor, n: int) -> Tensor:
     """First k with N_k > i, for i = 0 … n−1: the number of particles with N_k <= i."""
     shape = (*counts.shape[:-1], n + 1)
     histogram = torch.zeros(shape, dtype=torch.int64, device=counts.device)
-    histogram.scatter_add_(-1, counts, torch.ones_like(counts))
-    return histogram[..., :n].cumsum(-1)
+    one = torch.ones((), dtype=torch.int64, device=counts.device)
+    histogram.scatter_add_(-1, counts, one.expand_as(counts))
+    return torch.cumsum(histogram, -1, out=histogram)[..., :n]
 
 
 # -- checks ------------------------------------------------------------------------------------
