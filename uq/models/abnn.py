@@ -344,8 +344,8 @@ module : torch.nn.Module or callable, optional
         it costs accuracy.
     noise_shape : {{"channel", "sample", "element"}}, default="channel"
         One noise number per channel and draw (a draw is one function of all rows, and costs a plain
-        forward pass), per channel and row, or per activation (the authors' code; 27 times
-        the cost of the layer).
+        forward pass), per channel and row, or per activation (the authors' code; costs
+        that many random numbers).
     n_members : int, default=3
         Fine-tuned copies, as in the paper. 0 puts noise on the original network alone.
     include_original : bool, default=True
