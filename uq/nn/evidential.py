@@ -30,9 +30,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from uq.distributions import DirichletCategorical
@@ -172,6 +172,14 @@ def _kernel() -> Callable[..., None] | None:
     return kernel
 
 
+@cache
+def _coefficients(prior: float) -> NDArray[np.float32]:
+    coefficients: NDArray[np.float32] = polynomials(
+        1.0 - prior, 0, torch.float32, torch.device("cpu")
+    ).numpy()
+    return coefficients
+
+
 class _DirichletLoss(torch.autograd.Function):
     """Rows of a loss, whose gradient is made in the forward pass.
 
@@ -195,11 +203,10 @@ class _DirichletLoss(torch.autograd.Function):
         if kernel is not None and single and prior >= 1:
             evidence, y = evidence.contiguous(), y.long().contiguous()
             rows, grad = evidence.new_empty(len(evidence)), torch.empty_like(evidence)
-            coefficients = polynomials(1.0 - prior, 0, torch.float32, evidence.device)
-            arrays = (t.numpy() for t in (evidence, y, coefficients))
+            arrays = evidence.numpy(), y.numpy(), _coefficients(prior)
             weights = float(prior), float(kl_weight), float(logdet_weight)
             kernel(*arrays, LOSSES.index(loss), *weights, rows.numpy(), grad.numpy())
-            ctx.save_for_backward(grad)
+            ctx.grad = grad
             return rows
         n, k = evidence.shape
         at_y = y[:, None]
@@ -264,14 +271,14 @@ class _DirichletLoss(torch.autograd.Function):
         corner.add_(back, alpha=kl_weight)
         grad += shift[:, None]
         grad.scatter_add_(1, at_y, corner[:, None])
-        ctx.save_for_backward(grad)
+        ctx.grad = grad
         return rows
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_rows[:, None], None, None, None, None, None
+        if torch.is_grad_enabled():  # under create_graph=True
+            raise NotImplementedError("evidential_loss is differentiable once only.")
+        return ctx.grad * grad_rows[:, None], None, None, None, None, None
 
 
 def _weighted_squares(
@@ -349,15 +356,11 @@ class DirichletHead(nn.Module):
 
     def loss(self, outputs: Tensor, y: Tensor, kl_weight: float = 1.0) -> Tensor:
         """Loss of each row; ``kl_weight`` is λ. In float32 also under autocast."""
-        return evidential_loss(
-            self.evidence(outputs if outputs.dtype == torch.float64 else outputs.float()),
-            y,
-            self.loss_name,
-            prior=self.prior,
-            kl_weight=kl_weight,
-            logdet_weight=self.logdet_weight,
-            validate_args=False,
+        evidence = self.evidence(outputs if outputs.dtype == torch.float64 else outputs.float())
+        rows: Tensor = _DirichletLoss.apply(
+            evidence, y, self.loss_name, self.prior, kl_weight, self.logdet_weight
         )
+        return rows
 
     def predictive(self, outputs: Tensor) -> DirichletCategorical:
         """Dirichlet predictive distribution of each row, in float64."""
