@@ -8,8 +8,10 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from scipy.optimize import minimize
+from sklearn.exceptions import NotFittedError
 from torch import nn
 
+from uq import ImplicitVIRegressor
 from uq.errors import ParameterError
 from uq.inference.implicit_vi import (
     ImplicitGuide,
@@ -653,3 +655,93 @@ def test_nan_in_the_iteration():
         found = smallest_singular_value(broken, z, iterations=12, rng=rng())
     expected = smallest_singular_value(layer, z, iterations=2, rng=rng())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+# -- estimators ----------------------------------------------------------------------------------
+
+
+def sine(n=40):
+    x = torch.linspace(-2, 2, n, dtype=torch.float64)[:, None].numpy()
+    return x, torch.sin(torch.as_tensor(2 * x[:, 0])).numpy()
+
+
+QUICK = {"hidden": (6,), "max_epochs": 4, "random_state": 0, "device": "cpu", "width": 6}
+
+
+def test_estimator_arguments_that_cannot_be_used():
+    x, y = sine()
+    for name, value in {
+        "sigma": 0.0,
+        "initial_sigma": 0.6,
+        "noise_dim": 0,
+        "width": 2.5,
+        "bound": "tight",
+        "entropy_weight": -1.0,
+        "mc_samples": 0,
+        "sv_iterations": 0,
+        "init_std": 0.0,
+        "prior_scale": -1.0,
+    }.items():
+        with pytest.raises(ParameterError, match=name):
+            ImplicitVIRegressor(**QUICK | {name: value}).fit(x, y)
+    # 6 + 6 + 6 + 1 weights and the noise level.
+    with pytest.raises(ParameterError, match="network's 20 weights, got noise_dim=21"):
+        ImplicitVIRegressor(**QUICK, bound="smallest", noise_dim=21).fit(x, y)
+    model = ImplicitVIRegressor(**QUICK, noise_dim=21).fit(x, y)  # the exact one takes m × m
+    assert math.isfinite(model.log_score(x, y))
+
+
+def test_estimator_runs_sigma_down_and_shows_correlations():
+    x, y = sine()
+    seen = []
+    model = ImplicitVIRegressor(
+        **QUICK | {"max_epochs": 8},
+        batch_size=None,
+        initial_sigma=0.16,
+        sigma=0.01,
+        callbacks=[lambda state: seen.append(float(state.module.q.sigma)) or False],
+    ).fit(x, y)
+    # A factor of 16 over the first four steps, then constant.
+    expected = [0.16, 0.08, 0.04, 0.02, 0.01, 0.01, 0.01, 0.01]
+    assert seen == pytest.approx(expected, rel=1e-5)
+    table = model.weight_correlation(256)
+    assert list(table.index) == list(table.columns) == ["body.0", "body.2", "likelihood"]
+    assert table.to_numpy().max() <= 1
+    assert table.loc["body.0", "body.2"] > 0.05  # all layers see the same noise
+    assert (table.to_numpy() == model.weight_correlation(256).to_numpy()).all()
+    with pytest.raises(NotFittedError):
+        ImplicitVIRegressor().weight_correlation()
+
+
+@pytest.mark.statistical
+def test_estimator_as_pyro():
+    """The guide draws the posterior's weights: the same means and deviations."""
+    x, y = sine()
+    model = ImplicitVIRegressor(**QUICK, init_std=0.3).fit(x, y)
+    network, guide = model.posterior_.to_pyro(NormalPrior(1.0))
+    inputs = torch.as_tensor((x - model.x_mean_) / model.x_scale_, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = [guide(inputs) for _ in range(500)]
+        draw = model.posterior_.q.draw(4000, rng())
+    for name, ours in draw.weights.items():
+        theirs = torch.stack([f[name] for f in found])
+        assert theirs.shape[1:] == ours.shape[1:]
+        deviation = ours.std(0)
+        # Five standard errors of 500 draws, of the mean and of the deviation.
+        assert ((theirs.mean(0) - ours.mean(0)).abs() < 0.24 * deviation + 1e-3).all()
+        assert ((theirs.std(0) / deviation).log().abs() < 0.3).all()
+    loss = Trace_ELBO().differentiable_loss(network, guide, inputs, torch.as_tensor(y)[:, None])
+    assert loss.isfinite()
+
+
+def test_entropy_keeps_the_weights_apart():
+    """Without the entropy the weights' spread collapses (the digits check, in small)."""
+    x, y = sine()
+    settings = QUICK | {"max_epochs": 200, "batch_size": None, "lr": 1e-2, "noise_dim": 8}
+    spread = {}
+    for weight in (0.0, 1.0):
+        model = ImplicitVIRegressor(**settings, entropy_weight=weight, init_std=0.2).fit(x, y)
+        with torch.no_grad():
+            spread[weight] = model.posterior_.q.draw(200, rng()).flat.std(0).mean()
+    assert spread[1.0] > 3 * spread[0.0]

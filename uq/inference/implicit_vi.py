@@ -509,33 +509,27 @@ class ImplicitPosterior(WeightPosterior):
 
         return draw
 
-    def to_pyro(self, prior: NormalPrior) -> tuple[BayesianNetwork, ImplicitGuide]:
+    def to_pyro(
+        self, prior: NormalPrior
+    ) -> tuple[BayesianNetwork, Callable[..., dict[str, Tensor]]]:
         """Return the Pyro model of the network under ``prior``, and this posterior as its guide.
 
         Examples
         --------
         ``Predictive(model, guide=guide, num_samples=64)(x)["y"]`` samples the predictive.
         """
-        model = BayesianNetwork(self.network, prior)
-        return model, ImplicitGuide(model, _InModelOrder(self.q), sigma=float(self.q.sigma))
 
+        def guide(x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+            draw = self.q.draw(1)
+            if am_i_wrapped():  # otherwise there is nobody to tell
+                entropy = self.q.entropy(draw.noise)[0]
+                pyro.factor("implicit_entropy", -entropy, has_rsample=True)
+            return {
+                name: pyro.sample(name, dist.Delta(w[0], event_dim=w[0].ndim))
+                for name, w in draw.weights.items()
+            }
 
-class _InModelOrder(Generator):
-    """A generator whose weights are in the order of the parameters, not of the blocks."""
-
-    def __init__(self, q: ImplicitWeights) -> None:
-        super().__init__(q.generator.noise_dim, q.generator.n_weights)
-        self.generator = q.generator
-        positions = q.layout.unflatten(torch.arange(self.n_weights)[None])
-        names = [n for n, p in q.module.named_parameters() if n in positions]
-        order = torch.cat([positions[name].flatten() for name in names])
-        self.register_buffer("order", order)
-        self.gram = q.generator.gram  # type: ignore[method-assign]
-        self.normal_product = q.generator.normal_product  # type: ignore[method-assign]
-
-    def forward(self, z: Tensor) -> Tensor:
-        flat: Tensor = self.generator(z)[:, self.order]
-        return flat
+        return BayesianNetwork(self.network, prior), guide
 
 
 class ImplicitGuide(AutoContinuous):
