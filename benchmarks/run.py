@@ -13,7 +13,19 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-SUITES = ("core", "contract", "calibration", "vbll", "ivon", "evidential", "sdm", "abnn")
+SUITES = (
+    "core",
+    "contract",
+    "calibration",
+    "vbll",
+    "ivon",
+    "evidential",
+    "sdm",
+    "abnn",
+    "smc",
+    "ssvi",
+    "implicit",
+)
 RESULTS = Path(__file__).parent / "results"
 
 
