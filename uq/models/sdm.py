@@ -9,117 +9,37 @@ epoch, and the frame of :meth:`SDMClassifier.verify`.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
-from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from uq.errors import DataError, ParameterError
+from uq.errors import ParameterError
 from uq.inference.data import ArrayBatches
-from uq.inference.posterior import (
-    LastLayerPosterior,
-    MixturePosterior,
-    Posterior,
-    WeightPosterior,
-)
 from uq.inference.sdm import nearest_rows
 from uq.inference.sdm_calibration import (
     SDMPosterior,
     Verdicts,
     check_alpha,
-    distance_cdfs,
-    distance_quantile,
     rescaled_similarity,
 )
+from uq.inference.sdm_training import Round, Rows, SDMObjective, distinct, halves
 from uq.inference.training import TrainingResult, cosine_schedule, train
-from uq.models.base import Classifier, TrainingData, _as_numpy, weighted_mean
+from uq.models.base import Classifier, TrainingData, _as_numpy
 from uq.models.checks import check_number
 from uq.models.documentation import documented
+from uq.models.sdm_bases import embeddings
 from uq.nn.bodies import MLP
 from uq.nn.network import probe_outputs
-from uq.nn.sdm import Q_SOFTMAX, ExemplarAdaptor, FeatureNetwork, SDMLoss
+from uq.nn.sdm import ExemplarAdaptor, FeatureNetwork
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import ArrayLike
-
-_SMALLEST_P = 1e-12
-
-
-class _SDMObjective(nn.Module):
-    """Loss of a batch whose q and d are known."""
-
-    def __init__(self, body: nn.Module, head: ExemplarAdaptor) -> None:
-        super().__init__()
-        self.body = body
-        self.head = head
-        self.loss = SDMLoss("none")
-
-    def forward(
-        self, x: Tensor, y: Tensor, q: Tensor, d: Tensor, weight: Tensor | None = None
-    ) -> Tensor:
-        """Mean SDM loss of the batch."""
-        _, logits = self.head(self.body(x))
-        return weighted_mean(self.loss(logits, y, q, d), weight)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Distinct rows: outputs of the frozen part, class, weight, and where they came from."""
-
-    embedded: Tensor
-    y: Tensor
-    weight: Tensor
-    position: Tensor
-
-    def __getitem__(self, at: Tensor) -> _Rows:
-        return _Rows(self.embedded[at], self.y[at], self.weight[at], self.position[at])
-
-
-class _Round:
-    """One split and one training: what :func:`train` needs, and what is kept of it."""
-
-    def __init__(self, posterior: SDMPosterior, support: _Rows, calibration: _Rows) -> None:
-        self.posterior = posterior
-        self.support = support
-        self.calibration = calibration
-        # The first epoch is that of a softmax and its cross-entropy.
-        self.d = torch.ones_like(support.weight)
-        self.q = Q_SOFTMAX * self.d
-        self.mean_q: list[float] = []
-
-    def refresh(self) -> float:
-        """Find q and d again under the current weights; return the balanced calibration loss."""
-        posterior, s, c = self.posterior, self.support, self.calibration
-        posterior.learn_support(s.embedded, s.y, s.position)
-        if not bool(posterior.support.isfinite().all()):
-            return math.nan  # the training loop says what to do
-        own = posterior.match_support()
-        cdfs = distance_cdfs(own.d0, own.q, s.y, posterior.n_classes, s.weight)
-        d = distance_quantile(own.d0, cdfs)
-        # d = 0 at all rows has no gradient, and nothing would ever move: as in the first epoch.
-        alive = bool(d.any())
-        self.q.copy_(own.q if alive else torch.full_like(d, Q_SOFTMAX))
-        self.d.copy_(d if alive else torch.ones_like(d))
-        v = posterior.calibrate(c.embedded, c.y, c.weight)
-        loss = SDMLoss("none")(v.logits, c.y, v.q.double(), v.d)
-        self.mean_q.append(self._balanced(v.q.double()))
-        return self._balanced(loss)
-
-    def _balanced(self, rows: Tensor) -> float:
-        """Mean over classes of the weighted mean over the calibration rows of each."""
-        y, w = self.calibration.y, self.calibration.weight
-        total = torch.zeros(self.posterior.n_classes, dtype=rows.dtype, device=rows.device)
-        weight = total.index_add(0, y, w)
-        mean = total.index_add(0, y, rows * w) / weight
-        return float(mean[weight > 0].mean())
 
 
 @documented(
@@ -302,19 +222,19 @@ class SDMClassifier(Classifier):
     def _infer(self, data: TrainingData) -> tuple[SDMPosterior, TrainingResult]:
         x, y, weight = _all_rows(data)
         frozen = self._frozen()
-        first, weight = _distinct(x, y, weight, len(self.classes_))
+        first, weight = distinct(x, y, weight, len(self.classes_))
         self.widths_ = self._probe(frozen)
         device = data.fabric.device
         frozen.to(device)
         embedded = torch.cat([frozen(rows) for rows in x[first].split(1024)]).detach()
-        rows = _Rows(embedded, y[first], weight, first)
+        rows = Rows(embedded, y[first], weight, first)
         splits, shuffle = data.generator(data.seeds.split), data.generator(data.seeds.shuffle)
-        best: tuple[float, _Round, TrainingResult] | None = None
+        best: tuple[float, Round, TrainingResult] | None = None
         for _ in range(self.n_rounds):
-            support, calibration = self._halves(rows.y, splits)
+            support, calibration = halves(rows.y, len(self.classes_), splits)
             self.n_support_, self.n_calibration_ = len(support), len(calibration)
             posterior = self._make_posterior(frozen, data.seeds.predict).to(device)
-            this = _Round(posterior, rows[support], rows[calibration])
+            this = Round(posterior, rows[support], rows[calibration])
             result = self._train_round(this, data, shuffle)
             if result.best_epoch > 0:
                 loss = this.refresh()  # of the best epoch, whose weights are back
@@ -336,7 +256,7 @@ class SDMClassifier(Classifier):
         return chosen.posterior, kept
 
     def _train_round(
-        self, this: _Round, data: TrainingData, shuffle: torch.Generator
+        self, this: Round, data: TrainingData, shuffle: torch.Generator
     ) -> TrainingResult:
         posterior, support = this.posterior, this.support
         with torch.no_grad():
@@ -348,7 +268,7 @@ class SDMClassifier(Classifier):
             weight = support.weight / support.weight.mean()
             tensors.append(weight.to(support.embedded.dtype))
         batches = ArrayBatches(*tensors, batch_size=self.batch_size, generator=shuffle)
-        objective = _SDMObjective(posterior.body, posterior.head)
+        objective = SDMObjective(posterior.body, posterior.head)
         parameters = [p for p in objective.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, self.lr, fused=True)
         n_epochs = self._n_epochs(replace(data, batches=batches))
@@ -366,23 +286,6 @@ class SDMClassifier(Classifier):
             verbose=self.verbose,
             description=type(self).__name__,
         )
-
-    def _halves(self, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Positions of a support and a calibration half, each with half of every class."""
-        halves: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for c in range(len(self.classes_)):
-            rows = (y == c).nonzero()[:, 0]
-            rows = rows[torch.randperm(len(rows), generator=generator, device=rows.device)]
-            middle = (len(rows) + 1) // 2  # a single one is support
-            halves[0].append(rows[:middle])
-            halves[1].append(rows[middle:])
-        support, calibration = (torch.cat(half).sort().values for half in halves)
-        if not len(calibration):
-            raise DataError(
-                f"{type(self).__name__}.fit: no class has two distinct rows, of which one could be "
-                "held for calibration; give more rows."
-            )
-        return support, calibration
 
     def _warn_if_hopeless(self, posterior: SDMPosterior) -> None:
         """Say where a class rules out every answer."""
@@ -437,30 +340,9 @@ class SDMClassifier(Classifier):
 
     def _embed(self, X: Any) -> Any:
         """What the adaptor takes of ``X``: itself, unless ``base`` is a classifier."""
-        base = self.base.estimator if isinstance(self.base, FrozenEstimator) else self.base
-        if base is None or isinstance(base, nn.Module):
+        if self.base is None or isinstance(self.base, nn.Module):
             return X
-        check_is_fitted(base)
-        if isinstance(X, Dataset | DataLoader):
-            raise DataError(
-                f"{type(self).__name__}: with a classifier as base, X must be what its predict "
-                f"takes, not a {type(X).__name__}."
-            )
-        posterior = getattr(base, "posterior_", None)
-        if isinstance(posterior, Posterior) and (network := _network_of(posterior)) is not None:
-            x, _ = base._posterior_at(X)
-            layer = self.layer or (
-                None if isinstance(posterior, LastLayerPosterior) else "penultimate"
-            )
-            features = FeatureNetwork(copy.deepcopy(network), layer).eval()
-            with torch.no_grad():
-                return torch.cat([features(rows) for rows in x.split(1024)]).cpu().numpy()
-        if self.layer is not None:
-            raise ParameterError(
-                f"{type(self).__name__}: layer needs a base with a network, got a "
-                f"{type(base).__name__}."
-            )
-        return _log_probabilities(base, X)
+        return embeddings(self.base, X, self.layer)
 
     def _posterior_at(self, X: Any) -> tuple[Tensor, Any]:
         check_is_fitted(self)
@@ -628,40 +510,3 @@ def _all_rows(data: TrainingData) -> tuple[Tensor, Tensor, Tensor]:
     # They were divided by their mean, in the precision of training.
     w = weight[0].double() * (data.n_effective / len(y))
     return x, y, torch.where((w - w.round()).abs() < 1e-5 * w, w.round(), w)
-
-
-def _distinct(x: Tensor, y: Tensor, weight: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
-    """First position and joint weight of each distinct (x, y), in an order of the values alone."""
-    flat = x.flatten(1)
-    ids = flat.unique(dim=0, return_inverse=True)[1]
-    keys, group = (ids * n_classes + y).unique(return_inverse=True)
-    total = weight.new_zeros(len(keys)).index_add(0, group, weight)
-    positions = torch.arange(len(y), device=y.device)
-    first = positions.new_full((len(keys),), len(y))
-    return first.scatter_reduce(0, group, positions, "amin"), total
-
-
-def _network_of(posterior: Posterior) -> nn.Module | None:
-    """The network behind a posterior: at its mean, or of its first member."""
-    if isinstance(posterior, MixturePosterior):
-        return posterior.members[0].network.body
-    if isinstance(posterior, WeightPosterior):
-        return posterior.network.body
-    if isinstance(posterior, LastLayerPosterior):
-        return posterior.body
-    return None
-
-
-def _log_probabilities(base: Any, X: Any) -> np.ndarray:
-    """Centred log probabilities, or decision values of a classifier without probabilities."""
-    if hasattr(base, "predict_proba"):
-        p = np.clip(np.asarray(base.predict_proba(X), dtype=np.float64), _SMALLEST_P, 1)
-        log_p: np.ndarray = np.log(p) - np.log(p).mean(1, keepdims=True)
-        return log_p
-    if hasattr(base, "decision_function"):
-        values = np.asarray(base.decision_function(X), dtype=np.float64)
-        return values.reshape(len(values), -1)
-    raise ParameterError(
-        f"SDMClassifier: base must have predict_proba or decision_function; a "
-        f"{type(base).__name__} has neither."
-    )
