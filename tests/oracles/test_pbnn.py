@@ -621,7 +621,9 @@ def test_one_particle_works_and_has_no_epistemic_uncertainty():
         _ = model.predict_distribution(X).epistemic
 
 
-def test_nan_particles_are_left_out_of_cloud_and_gradient():
+@pytest.mark.parametrize("gradient", ["pre", "post"])
+@pytest.mark.parametrize("threshold", [1.0, 0.3])
+def test_nan_particles_are_left_out_of_cloud_and_gradient(gradient, threshold):
     class Fragile(nn.Module):
         """Overflows for a positive weight of the cloud."""
 
@@ -634,8 +636,11 @@ def test_nan_particles_are_left_out_of_cloud_and_gradient():
             return self.last(torch.tanh(self.first(x)) + torch.where(weight > 0.5, math.nan, 0.0))
 
     X, y = moons()
-    model = PartialBNNClassifier(module=Fragile(), stochastic="first", **QUICK).fit(X, y)
+    model = PartialBNNClassifier(
+        module=Fragile(), stochastic="first", gradient=gradient, ess_threshold=threshold, **QUICK
+    ).fit(X, y)
     assert np.isfinite(model.log_score(X, y))
+    assert np.isfinite(model.history_["train_loss"]).all()
     assert float(model.posterior_.particles[:, 0].max()) <= 0.5
     assert model.diagnostics_["impossible"][0] > 10
 

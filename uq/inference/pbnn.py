@@ -480,7 +480,8 @@ class OHSMC(_ParticleObjective):
         if self.gradient == "pre":
             value = joint.logsumexp(0)
         else:  # the resampled particles' likelihoods are those above
-            value = (log_w.exp() * log_l[chosen]).sum()
+            w = log_w.exp()
+            value = (w * log_l[chosen].masked_fill(w == 0, 0.0)).sum()
         return self._anchored(-value / (len(x) * self.weight_factor))
 
     def _move(self, phi: Tensor) -> Tensor:
