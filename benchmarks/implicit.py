@@ -146,7 +146,7 @@ def benchmark_large() -> list[dict[str, Any]]:
     """L'' with d = 1,024 at 10⁶ weights, and the memory of a step at 10⁷."""
     rows = []
     for widths, noise_dim, target in (
-        (((784, 900, 300), 10), 1024, 1.0),
+        (((784, 920, 300), 10), 1024, 1.0),
         (((3000, 2800, 600), 10), 1024, None),
     ):
         net = MLP(widths[0][0], widths[0][1:], widths[1])

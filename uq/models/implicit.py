@@ -241,7 +241,8 @@ prior_scale : float, default=1.0
     entropy_weight : float, default=1.0
         Factor on the entropy; below 1 the posterior is narrower ("cold"), at 0 it collapses.
     mc_samples : int, default=2
-        Weight draws per training step.
+        Weight draws per training step; the entropy is taken at one of them, with its gradient along
+        8 random directions.
     n_samples : int, default=64
         Weight draws that a prediction averages over."""
 
