@@ -19,14 +19,19 @@ QUICK: dict[str, dict[str, Any]] = {
     # One chain: callbacks then see one Adam run, as with the other methods.
     "nuts": {"n_chains": 1, "n_warmup": 4, "n_draws": 8, "max_tree_depth": 3},
     "pbnn": {"n_particles": 100, "move_var": 1e-3},
+    "gp": {"hidden": (), "n_inducing": 16},
     "ensemble": {"n_members": 2},
     "implicit": {"n_samples": 8, "noise_dim": 4, "width": 4, "mc_samples": 1},
     "map": {},
 }
 # Methods whose network gives features, of any width, instead of what the likelihood takes.
-FEATURES = {"vbll", "sdm"}
+FEATURES = {"vbll", "sdm", "gp"}
 # Methods that predict by one function: no epistemic uncertainty.
 SINGLE = {"map", "sdm"}
+# Methods in which nothing is drawn.
+SEEDLESS = {("gp", "regression")}
+# Methods that learn one level of noise.
+CONSTANT_NOISE = {"gp"}
 CASES = [(method, task) for method, m in METHODS.items() for task in m.tasks]
 CLASSIFIERS = [c for c in CASES if c[1] == "classification"]
 REGRESSORS = [c for c in CASES if c[1] == "regression"]

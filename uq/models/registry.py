@@ -109,6 +109,14 @@ METHODS: dict[str, Method] = {
         "any network without BatchNorm; a layer of some 100 weights to be Bayesian",
         "Zhao et al., AISTATS 2024, arXiv 2310.19608",
     ),
+    "gp": Method(
+        "GP",
+        "uq.models.gp",
+        _BOTH,
+        "cube of the rows, or of the inducing points; 1 product to predict",
+        "a table of few columns, or a network body below the kernel",
+        "Rasmussen & Williams 2006; Hensman et al., AISTATS 2015, arXiv 1411.2005",
+    ),
     "ensemble": Method(
         "Ensemble",
         "uq.models.ensemble",
@@ -126,6 +134,9 @@ METHODS: dict[str, Method] = {
         "the deterministic baseline",
     ),
 }
+
+# What a comparison takes unless it is told: the cost of a few networks each.
+QUICK = ("ivon", "vbll", "ensemble", "map")
 
 
 def estimator_class(method: str, task: Task) -> type[Any]:
