@@ -21,6 +21,8 @@ _EXPORTS = {
     "EvidentialRegressor": "uq.models.evidential",
     "IVONClassifier": "uq.models.ivon",
     "IVONRegressor": "uq.models.ivon",
+    "GPClassifier": "uq.models.gp",
+    "GPRegressor": "uq.models.gp",
     "ImplicitVIClassifier": "uq.models.implicit",
     "ImplicitVIRegressor": "uq.models.implicit",
     "MAPClassifier": "uq.models.map",
@@ -29,6 +31,8 @@ _EXPORTS = {
     "PartialBNNRegressor": "uq.models.pbnn",
     "NUTSClassifier": "uq.models.nuts",
     "NUTSRegressor": "uq.models.nuts",
+    "PyroClassifier": "uq.models.pyro_models",
+    "PyroRegressor": "uq.models.pyro_models",
     "SSVIClassifier": "uq.models.ssvi",
     "SSVIRegressor": "uq.models.ssvi",
     "SDMClassifier": "uq.models.sdm",
@@ -60,6 +64,8 @@ if TYPE_CHECKING:
     from uq.models.ensemble import EnsembleRegressor as EnsembleRegressor
     from uq.models.evidential import EvidentialClassifier as EvidentialClassifier
     from uq.models.evidential import EvidentialRegressor as EvidentialRegressor
+    from uq.models.gp import GPClassifier as GPClassifier
+    from uq.models.gp import GPRegressor as GPRegressor
     from uq.models.implicit import ImplicitVIClassifier as ImplicitVIClassifier
     from uq.models.implicit import ImplicitVIRegressor as ImplicitVIRegressor
     from uq.models.ivon import IVONClassifier as IVONClassifier
@@ -68,6 +74,8 @@ if TYPE_CHECKING:
     from uq.models.map import MAPRegressor as MAPRegressor
     from uq.models.nuts import NUTSClassifier as NUTSClassifier
     from uq.models.nuts import NUTSRegressor as NUTSRegressor
+    from uq.models.pyro_models import PyroClassifier as PyroClassifier
+    from uq.models.pyro_models import PyroRegressor as PyroRegressor
     from uq.models.pbnn import PartialBNNClassifier as PartialBNNClassifier
     from uq.models.pbnn import PartialBNNRegressor as PartialBNNRegressor
     from uq.models.registry import methods as methods

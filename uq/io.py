@@ -39,6 +39,8 @@ _CLASSES: dict[str, str] = {
     "HistogramBinning": "uq.calibration",
     "IsotonicCalibration": "uq.calibration",
     "MatrixScaling": "uq.calibration",
+    "PyroClassifier": "uq.models.pyro_models",
+    "PyroRegressor": "uq.models.pyro_models",
     "QuantileRecalibration": "uq.calibration",
     "TablePreprocessor": "uq.models.table",
     "TableModel": "uq.models.table",
@@ -211,6 +213,10 @@ class _Writer:
         if not isinstance(params.get("cv", 0), int | float | str | np.number):
             params.pop("cv")  # a splitter, which only fitting needs
         has_module = params.pop("module", None) is not None
+        # A Pyro model is code; so are its guide and kernel, which only fitting needs.
+        needs_model = params.pop("model", None) is not None
+        if needs_model:
+            params = {k: v for k, v in params.items() if k not in ("guide", "kernel")}
         needs_base = _is_code(params.get("base"))
         if needs_base:
             params.pop("base")
@@ -221,6 +227,7 @@ class _Writer:
             "class": type(model).__name__,
             "needs_module": has_module,
             **({"needs_base": True} if needs_base else {}),
+            **({"needs_model": True} if needs_model else {}),
             "params": {k: self.encode(v, f"{where}.{k}") for k, v in params.items()},
             "fitted": {k: self.encode(v, f"{where}.{k}") for k, v in fitted.items()},
         }
@@ -263,7 +270,7 @@ class _Reader:
         if name not in _CLASSES:
             raise LoadError(f"the file holds a {name!r}, which this uq does not know.")
         params = {k: self.decode(v) for k, v in node["params"].items()}
-        for argument in ("module", "base"):
+        for argument in ("module", "base", "model"):
             if not node.get(f"needs_{argument}"):
                 continue
             if self.module is None:
