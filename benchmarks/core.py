@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from pyro.infer import Predictive
 from sklearn.datasets import load_digits
@@ -48,6 +49,21 @@ def paired(
 def row(name: str, unit: str, target: str, met: bool, measured: dict[str, Any]) -> dict[str, Any]:
     rounded = {k: float(f"{v:.4g}") for k, v in measured.items()}
     return {"benchmark": name, "unit": unit, **rounded, "target": target, "met": met}
+
+
+def mean_rows(rows: list[dict[str, Any]], by: list[str], over: str) -> list[dict[str, Any]]:
+    """Mean and standard error of every number over seeds or splits, for each group."""
+    table = pd.DataFrame(rows)
+    found = []
+    for key, part in table.groupby(by, sort=False):
+        row: dict[str, Any] = dict(zip(by, key, strict=True)) | {f"{over}s": len(part)}
+        for score in part.columns.drop([*by, over]):
+            values = part[score].dropna().astype(float)
+            if len(values):
+                row[score] = float(f"{values.mean():.4g}")
+                row[f"{score}_se"] = float(f"{values.sem():.2g}")
+        found.append(row)
+    return found
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

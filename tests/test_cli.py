@@ -17,7 +17,7 @@ from uq import cli
 from uq.cli import main
 from uq.errors import FitInterruptedWarning
 from uq.io import load
-from uq.models.registry import METHODS
+from uq.models.registry import METHODS, QUICK
 
 UQ = [sys.executable, "-c", "import sys; from uq.cli import main; sys.exit(main())"]
 
@@ -76,14 +76,14 @@ def test_methods_lists_every_method(capsys):
     assert [m["method"] for m in json.loads(capsys.readouterr().out)] == list(METHODS)
 
 
-def test_compare_bundled_data_with_every_method(capsys):
+def test_compare_bundled_data(capsys):
     assert main(["compare", "moons", "--max-epochs", "1"]) == 0
     out, err = capsys.readouterr()
     html = Path(out.strip().splitlines()[-1])
     assert html == Path("reports/moons/report.html")
     assert html.exists()
     assert html.with_name("report.json").exists()
-    for name in METHODS:
+    for name in QUICK:
         assert name in out
         assert f"{name}: fitted in" in err
     assert "450" in out  # rows to fit: 75 % of 600
@@ -105,6 +105,25 @@ def test_compare_a_file_as_json(capsys):
     assert Path(document["html"]) == Path("here/report.html")
     assert main(argv) == 0  # with progress, which goes to stderr
     assert json.loads(capsys.readouterr().out)["title"] == "flats"
+
+
+def test_compare_takes_the_quick_methods_or_all_that_do_the_task(capsys, monkeypatch):
+    argv = ["compare", "flats.csv", "--target", "price", "--max-epochs", "1", "--json", "--quiet"]
+    assert main(argv) == 0
+    assert set(json.loads(capsys.readouterr().out)["methods"]) == set(QUICK)
+    some = {name: METHODS[name] for name in ("sdm", "evidential", "map")}
+    monkeypatch.setattr("uq.models.registry.METHODS", some)
+    assert main([*argv, "--methods", "all"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["methods"]) == {"evidential", "map"}
+    assert main([*argv, "--methods", "map,sdm"]) != 0
+    assert "'sdm' does not do regression" in capsys.readouterr().err
+
+
+def test_a_report_may_be_one_file(capsys):
+    argv = ["compare", "flats.csv", "--target", "price", "--methods", "map", "--quiet"]
+    assert main([*argv, "--max-epochs", "1", "--out", "new/flats.md"]) == 0
+    assert Path("new/flats.md").read_text().startswith("#")
+    assert capsys.readouterr().out.strip().endswith("flats.md")
 
 
 def test_groups_are_columns_and_numbers_go_by_quarters(capsys):

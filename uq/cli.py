@@ -128,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = command("compare", _compare, "fit several methods, report on held-out rows")
     compare.add_argument("data", metavar="DATA", help=data_help)
     _add_target(compare)
-    compare.add_argument("--methods", metavar="A,B", help="default: all; see `uq methods`")
+    compare.add_argument(
+        "--methods", metavar="A,B", help="default: the quick ones; 'all', or see `uq methods`"
+    )
     compare.add_argument("--test-size", type=_share, default=0.25, metavar="SHARE", help="0.25")
     compare.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
     compare.add_argument("--max-epochs", type=_positive, metavar="N", help="of every fit")
@@ -178,7 +180,9 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {default}")
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help=f"folder, .html, .json or .md; default: {default}"
+    )
     parser.add_argument("--ood", metavar="FILE", help="table of out-of-distribution rows")
     parser.add_argument(
         "--groups", metavar="A,B", help="columns by which to group rows; numbers go by quarters"
@@ -221,7 +225,7 @@ def _compare(args: argparse.Namespace) -> None:
     from uq.data import DATASETS, split_rows
     from uq.models.registry import METHODS
 
-    if args.methods is None:  # all that do this task
+    if args.methods == "all":
         names = [name for name in names if data.task in METHODS[name].tasks]
     guessed = args.task is None and args.data not in DATASETS
     if guessed and data.task == "classification" and data.y.dtype.kind in "iuf":
@@ -360,9 +364,11 @@ def _known_method(name: str) -> str:
 
 
 def _chosen_methods(text: str | None) -> list[str]:
-    from uq.models.registry import METHODS
+    from uq.models.registry import METHODS, QUICK
 
-    names = list(METHODS) if text is None else [n.strip() for n in text.split(",") if n.strip()]
+    if text is None:
+        return list(QUICK)
+    names = list(METHODS) if text == "all" else [n.strip() for n in text.split(",") if n.strip()]
     if not names:
         raise UsageError("--methods names no method; see `uq methods`")
     return list(dict.fromkeys(map(_known_method, names)))
@@ -524,7 +530,8 @@ def _progress(args: argparse.Namespace, line: str) -> None:
 
 def _folder(path: Path) -> Path:
     """Create the folder before anything is fitted, so that a wrong path costs no time."""
-    path.mkdir(parents=True, exist_ok=True)
+    folder = path.parent if path.suffix in (".html", ".json", ".md") else path
+    folder.mkdir(parents=True, exist_ok=True)
     return path
 
 

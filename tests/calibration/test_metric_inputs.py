@@ -297,3 +297,19 @@ def test_bad_options_are_named(call, message):
 def test_a_pit_test_needs_one_output_and_ten_rows(shape, message):
     with pytest.raises(DataError, match=message):
         pit_test(np.zeros(shape), normal(np.zeros(shape), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("factor", "hint"), [(1.01, "rounded"), (100.0, "percent"), (3.0, "logits")]
+)
+def test_why_probabilities_do_not_sum_to_one(factor, hint):
+    p = np.tile([0.3, 0.7], (4, 1)) * factor
+    with pytest.raises(DataError, match=hint):
+        brier_score([0, 1, 0, 1], p)
+
+
+def test_half_precision_probabilities_are_taken():
+    p = np.random.default_rng(0).dirichlet(np.ones(10), 50)
+    y = np.arange(50) % 10
+    rough = brier_score(y, p.astype(np.float16))
+    assert rough == pytest.approx(brier_score(y, p), abs=2e-3)  # 2⁻¹¹ of each probability

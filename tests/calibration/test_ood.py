@@ -18,6 +18,7 @@ from uq.calibration import (
     ood_score,
     roc_curve,
 )
+from uq.calibration.bootstrap import Resampling, estimates, sample_ood
 from uq.calibration.ood import OOD_METRICS, ScoreGroups, curve_fpr_at_tpr
 from uq.distributions import CategoricalMixture, ClassPredictive, NormalMixture
 from uq.errors import DataError, NoEpistemicError, ParameterError
@@ -310,3 +311,20 @@ def test_scores_that_do_not_exist_are_refused():
             ood_score(d[0])
     with pytest.raises(DataError, match="predictive distribution of uq, got a ndarray"):
         ood_score(np.ones((3, 2)) / 2)
+
+
+@pytest.mark.parametrize("shift", [-4.0, 0.0, 3.0])
+def test_interval_of_average_precision_holds_its_value(shift):
+    """Resampling repeats rows, which average precision takes for ties: replicates move up."""
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal(200), shift + rng.standard_normal(100)
+    settings = Resampling(n_resamples=200)
+    sampled = sample_ood([scores[0]], [scores[1]], settings)
+    for estimate in estimates(sampled, OOD_METRICS, settings)[0].values():
+        assert estimate.low <= estimate.value <= estimate.high
+
+
+def test_distributions_are_no_scores():
+    d = CategoricalMixture(torch.zeros(1, 5, 3))
+    with pytest.raises(DataError, match=r"pass ood_score\(score_in\)"):
+        auroc(d, d)

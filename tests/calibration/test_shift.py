@@ -482,3 +482,11 @@ def test_drift_refuses_what_does_not_fit():
         epistemic_drift(spread(levels), spread(levels), kind="variance")
     with pytest.raises(ParameterError, match="interval must lie in"):
         epistemic_drift(spread(levels), spread(levels), interval=1.0)
+
+
+def test_one_metric_may_be_a_string():
+    y = np.arange(40) % 2
+    shifted = {0.0: np.full((40, 2), 0.5), 1.0: np.tile([0.4, 0.6], (40, 1))}
+    curve = shift_curve(y, shifted, metrics="accuracy", n_resamples=100)
+    assert curve.to_frame()["metric"].unique().tolist()[-1] == "accuracy"
+    curve.plot("accuracy")

@@ -374,8 +374,9 @@ def test_method_that_does_not_fit_the_prediction():
 
 def test_estimator_without_distributions():
     X, y = class_rows(60)
-    with pytest.raises((AttributeError, TypeError, ParameterError)):
-        uq.Calibrated(LogisticRegression(), cv=0.3).fit(X, y)
+    for wrapper in (uq.Calibrated, uq.Conformal):
+        with pytest.raises(ParameterError, match="estimator must have predict_distribution"):
+            wrapper(LogisticRegression(), cv=0.3).fit(X, y)
 
 
 def test_perfect_predictions_end_at_a_bound_and_say_so():

@@ -251,6 +251,9 @@ def estimates(
             else:
                 z0, acceleration = _corrections(value, replicates, definition, rows)
                 n = None if rows is None else len(rows.y)
+                if definition.shifted:
+                    # Average precision takes a row that is drawn twice for two rows of one score.
+                    replicates = (replicates - (replicates.mean() - value)).clip(0.0, 1.0)
                 ends = _bca(replicates, z0, acceleration, settings, n)
                 estimate = Estimate(value, *ends)
             found[-1][definition.name] = estimate

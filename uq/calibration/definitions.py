@@ -46,7 +46,8 @@ TestResult.__test__ = False  # type: ignore[attr-defined]  # no test class, as p
 class Definition:
     """What a report says about a number: key, title, one-line definition, which way is better.
 
-    ``optimised`` metrics are the best over choices made on the rows that are judged.
+    ``optimised`` metrics are the best over choices made on the rows that are judged; ``shifted``
+    ones move when rows are repeated, as resampling does, so that replicates are moved back.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Definition:
     definition: str
     better: Literal["lower", "higher", ""]
     optimised: bool = field(default=False, kw_only=True)
+    shifted: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)

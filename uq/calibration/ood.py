@@ -47,12 +47,14 @@ OOD_METRICS = (
         "OOD: AUPR-in",
         "average precision of finding the held-out inputs, by low scores",
         "higher",
+        shifted=True,
     ),
     Definition(
         "aupr_out",
         "OOD: AUPR-out",
         "average precision of finding the OOD inputs, by high scores",
         "higher",
+        shifted=True,
     ),
     Definition(
         "fpr_at_95_tpr",
@@ -491,4 +493,10 @@ def _evaluate(
     score_in: ArrayLike | Tensor,
     score_out: ArrayLike | Tensor,
 ) -> float:
+    for name, scores in (("score_in", score_in), ("score_out", score_out)):
+        if isinstance(scores, Predictive):
+            raise DataError(
+                f"{where}: {name} must be one number a row, got a {type(scores).__name__}; pass "
+                f"ood_score({name})."
+            )
     return float(statistic(_curve(where, score_in, score_out)))

@@ -40,7 +40,7 @@ class Cell:
     """One number, as texts."""
 
     value: str
-    half: str = ""
+    side: str = ""
     interval: str = ""
     standing: str = ""
     limit: str = ""
@@ -152,7 +152,7 @@ def to_text(data: dict[str, Any]) -> str:
         lines += ["", SECTIONS["groups"], *(f"  {line}" for line in _wrapped(v.group_findings))]
         for table in v.groups:
             lines += _text_groups(table, len(v.methods) > 1)
-    lines += ["", f"± half of the {v.interval} interval."]
+    lines += ["", f"± the longer side of the {v.interval} interval."]
     if len(v.methods) > 1:
         lines[-1] += " * best, = not distinguishable from the best."
     lines += _wrapped(f"{key}: {text}" for key, text in v.notes)
@@ -183,9 +183,9 @@ def _text_groups(table: GroupTable, several: bool) -> list[str]:
 
 def _text_cell(cell: Cell) -> str:
     mark = {"best": " *", "tied": " =", "": ""}[cell.standing]
-    if cell.half in ("", "—"):
+    if cell.side in ("", "—"):
         return f"{cell.value}{mark}"
-    return f"{cell.value} ±{cell.half}{mark}"
+    return f"{cell.value} ±{cell.side}{mark}"
 
 
 def _wrap(line: str) -> list[str]:
@@ -238,7 +238,7 @@ def _markdown_rows(rows: list[Row], columns: list[str]) -> list[str]:
 
 def _markdown_cell(cell: Cell) -> str:
     mark = {"best": " **best**", "tied": " ≈ best", "": ""}[cell.standing]
-    interval = f" ({cell.interval})" if cell.half not in ("", "—") else ""
+    interval = f" ({cell.interval})" if cell.side not in ("", "—") else ""
     return f"{cell.value}{interval}{mark}"
 
 
@@ -303,7 +303,8 @@ def _row(definition: Mapping[str, str], found: Mapping[str, Mapping[str, Any]]) 
     cells = {
         m: Cell(
             value=_number(n["value"], spec),
-            half=_number((n["high"] - n["low"]) / 2, spec),
+            # The longer side: an interval may be lopsided, as at a bound of the metric.
+            side=_number(max(n["high"] - n["value"], n["value"] - n["low"]), spec),
             interval=f"{_number(n['low'], spec)} – {_number(n['high'], spec)}",
             standing=found[m]["standing"],
             limit="" if math.isnan(n["limit"]) else _number(n["limit"], spec),

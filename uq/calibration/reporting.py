@@ -273,7 +273,10 @@ class Report:
         except OSError as error:
             raise LoadError(f"cannot read {str(file)!r}: {error.strerror or error}.") from error
         except (ValueError, RecursionError) as error:
-            raise LoadError(f"{str(file)!r} is not JSON: {error}.") from error
+            raise LoadError(
+                f"{str(file)!r} is not JSON: {error}. (Report.load reads the .json that save "
+                "writes, not the page.)"
+            ) from error
         return cls.from_dict(data)
 
     def to_html(self) -> str:

@@ -349,21 +349,34 @@ def _probabilities(names: Names, values: Any) -> tuple[NDArray[Any], NDArray[Any
     if p.ndim != 2 or p.shape[1] < 2:
         raise DataError(
             f"{what}: class probabilities need shape (n, n_classes), n_classes >= 2, got "
-            f"{p.shape}; for two classes give both columns."
+            f"{p.shape}; for two classes give both columns"
+            + (" (metrics take y first, report the prediction)." if p.ndim == 1 else ".")
         )
     p = np.require(p, requirements=["C", "W"])  # torch warns of arrays that cannot be written
     total = as_array(torch.from_numpy(p).sum(1))
     check_finite_rows(what, total)
-    tolerance = 1e-3 if p.dtype == np.float32 else 1e-6
+    # Half precision that was summed in double: each of K probabilities is off by 5e-4 of itself.
+    half = str(getattr(values, "dtype", "")).removeprefix("torch.") in ("float16", "bfloat16")
+    tolerance = 1e-2 if half else 1e-3 if p.dtype == np.float32 else 1e-6
     bad = np.abs(total - 1) > tolerance
     if bad.any() or (p.size and p.min() < 0):
         row = int((bad | (p < 0).any(1)).argmax())
         raise DataError(
             f"{what}: probabilities must be >= 0 and sum to 1 in each row; row {row} holds "
-            f"{np.round(p[row, :6], 6).tolist()} with sum {float(total[row]):.6g} (logits? "
-            "use CategoricalMixture(logits[None]))."
+            f"{np.round(p[row, :6], 6).tolist()} with sum {float(total[row]):.9g} "
+            f"({_what_for_probabilities(p[row], float(total[row]))})."
         )
     return p, np.asarray(getattr(values, "columns", np.arange(p.shape[1])))
+
+
+def _what_for_probabilities(p: NDArray[Any], total: float) -> str:
+    if p.min() < 0 or p.max() > 100:
+        return "logits? use CategoricalMixture(logits[None])"
+    if abs(total - 1) < 0.05:
+        return "rounded? divide by their sum, p / p.sum(1, keepdims=True)"
+    if abs(total - 100) < 5:
+        return "percent? divide by 100"
+    return "logits? use CategoricalMixture(logits[None])"
 
 
 def _positions(names: Names, labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.int64]:

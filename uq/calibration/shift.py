@@ -260,7 +260,7 @@ class ShiftCurve:
 
     def plot(
         self,
-        metrics: Sequence[str] | None = None,
+        metrics: str | Sequence[str] | None = None,
         *,
         axes: Any = None,
         label: str | None = None,
@@ -269,7 +269,7 @@ class ShiftCurve:
 
         Parameters
         ----------
-        metrics : sequence of str, optional
+        metrics : str or sequence of str, optional
             Names of metrics of the curve; by default all that are defined somewhere.
         axes : sequence of Matplotlib Axes, optional
             Where to draw, one for each metric; by default a new figure. Those returned for one
@@ -291,6 +291,7 @@ class ShiftCurve:
         known = {m.name: m for m in self.metrics}
         if metrics is None:
             metrics = frame["metric"][frame["value"].notna()].unique().tolist()
+        metrics = [metrics] if isinstance(metrics, str) else metrics
         chosen = [_pick("ShiftCurve.plot", known, name) for name in metrics]
         drawn = _axes(axes, len(chosen))
         for ax, metric in zip(drawn, chosen, strict=True):
@@ -336,7 +337,7 @@ def shift_curve(
     y_true: ArrayLike | Tensor | Mapping[float, ArrayLike | Tensor],
     predictions: Mapping[float, Any],
     *,
-    metrics: Sequence[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
     interval: float = 0.95,
     n_resamples: int = 1000,
     random_state: int = 0,
@@ -351,7 +352,7 @@ def shift_curve(
         {intensity: array} holds those of different, independent rows.
     predictions : mapping of float to Predictive, or to class probabilities
         Predictions at each intensity, two at least, as the metrics take them.
-    metrics : sequence of str, optional
+    metrics : str or sequence of str, optional
         Names as in reports, such as "brier_score" or "coverage_50". Default: for classes
         "negative_log_likelihood", "accuracy", "mean_confidence", "expected_calibration_error",
         "mean_entropy" and "mean_epistemic"; for targets "negative_log_likelihood", "crps", "rmse",
@@ -421,6 +422,7 @@ def shift_curve(
             f"{where}: predictions must be all of classes or all of real targets, got both."
         )
     task: Task = "classification" if isinstance(rows[0], ClassificationRows) else "regression"
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     names = _DEFAULT[task] if metrics is None else metrics
     chosen = [_pick(where, _KNOWN[task], name) for name in names]
     if not chosen:

@@ -114,7 +114,8 @@ def _confidence(rows: ClassificationRows, found: Mapping[str, Estimate]) -> str:
             f"(p = {p_value:.2g})."
         )
     few = f", but {_few(len(p))}" if len(p) < _FEW else ""
-    return f"Confidence matches accuracy: {numbers}; {tested}{few}."
+    matches = "Confidence matches accuracy" if not few else "Nothing against the confidence"
+    return f"{matches}: {numbers}; {tested}{few}."
 
 
 def _entropy(rows: ClassificationRows, found: Mapping[str, Estimate]) -> str:

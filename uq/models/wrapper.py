@@ -20,7 +20,7 @@ from sklearn.utils.validation import (
 
 from uq.calibration.rows import Names, make_rows
 from uq.distributions import Predictive
-from uq.errors import DataError
+from uq.errors import DataError, ParameterError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,6 +112,11 @@ class Wrapper(MetaEstimatorMixin, BaseEstimator, ABC):
     def _check_rows(self, X: Any, y: Any, sample_weight: Any = None) -> tuple[Any, Any]:
         """Inputs and targets of equal length whose rows can be picked."""
         name = type(self).__name__
+        if not hasattr(self.estimator, "predict_distribution"):
+            raise ParameterError(
+                f"{name}: estimator must have predict_distribution, as those of uq.methods() and "
+                f"uq.TableModel have, got {self.estimator!r}."
+            )
         if y is None:
             raise DataError(
                 f"{name} requires y to be passed, but the target y is None (a Dataset or "
