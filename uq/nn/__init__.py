@@ -24,16 +24,11 @@ from uq.nn.vbll_classification import (
 )
 from uq.nn.vbll_statistics import ClassStatistics, LinearStatistics
 
-# Names of the first release's two heads.
-NormalLastLayer = VBLLRegression
-CategoricalLastLayer = VBLLClassification
-
 __all__ = [
     "MLP",
     "BayesianLastLayer",
     "BayesianNetwork",
     "BayesianNorm",
-    "CategoricalLastLayer",
     "CategoricalLikelihood",
     "ClassStatistics",
     "ConvNet",
@@ -47,7 +42,6 @@ __all__ = [
     "MatrixLinear",
     "Network",
     "NormalInverseGammaHead",
-    "NormalLastLayer",
     "NormalLikelihood",
     "NormalPrior",
     "SDMActivation",
