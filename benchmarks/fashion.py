@@ -30,7 +30,7 @@ from uq.nn import ConvNet
 
 Row = dict[str, Any]
 SEEDS = range(3)
-N_TRAIN, EPOCHS = 10_000, 5
+N_TRAIN, N_OOD, EPOCHS = 10_000, 2000, 5
 
 
 def images() -> tuple[np.ndarray, ...]:
@@ -39,7 +39,7 @@ def images() -> tuple[np.ndarray, ...]:
         X, y = file["X_train"], file["y_train"]
         X_test, y_test = file["X_test"], file["y_test"]
     with np.load(DATA / "images" / "mnist.npz") as file:
-        ood = file["X_test"]
+        ood = file["X_test"][:N_OOD]
     X, X_test, ood = ((a.astype(np.float32) / 255 - 0.286) / 0.353 for a in (X, X_test, ood))
     return X, y, X_test, y_test, ood
 
@@ -72,7 +72,7 @@ def models(seed: int) -> dict[str, Any]:
     }
     return {
         "AdamW (MAP)": MAPClassifier(**shared, lr=1e-3),
-        "IVON": IVONClassifier(**shared),
+        "IVON": IVONClassifier(**shared, n_samples=16),
         "VBLL": VBLLClassifier(**shared, hidden=(64,), lr=1e-3),
         "ensemble of 5": EnsembleClassifier(**shared, lr=1e-3),
     }
