@@ -306,10 +306,11 @@ class ImplicitVIRegressor(_Implicit, NetworkRegressor):
 
     Notes
     -----
-    The noise level is one of the weights. On few rows the bound underfits with ``prior_scale=1``, as
-    mean-field VI does, and takes signal for noise; 3 fits more closely. "train_loss" is minus an approximate evidence bound over
-    N: the entropy is that of the linearised generator, so it may exceed the evidence. With
-    ``patience`` the held-out score is the predictive negative log likelihood of 8 draws.
+    The noise level is one of the weights. On few rows the bound underfits with ``prior_scale=1``,
+    as mean-field VI does, and takes signal for noise; 3 fits more closely. "train_loss" is minus an
+    approximate evidence bound over N: the entropy is that of the linearised generator, so it may
+    exceed the evidence. With ``patience`` the held-out score is the predictive negative log
+    likelihood of 8 draws.
 
     References
     ----------
