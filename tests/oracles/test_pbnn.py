@@ -249,7 +249,7 @@ def test_permuting_rows_and_splitting_particles_change_nothing(algorithm, weight
     weight = torch.rand(8, generator=generator(1), dtype=torch.float64) if weighted else None
     whole = mlp()
     parts = mlp(max_memory_mb=0.01)
-    assert parts._particles_at_once(x) < 30
+    assert parts.particles_at_once(x) < 30
     results = []
     for network in (whole, parts):
         smc = algorithm(network, 60, generator=generator())

@@ -19,7 +19,8 @@ from uq.inference.implicit_vi import (
 from uq.inference.ivon import IVON
 from uq.inference.ivon_influence import LeaveOneOut, leave_one_out
 from uq.inference.ivon_merging import merge
-from uq.inference.pbnn import OHSMC, SGSMC, PartialPosterior, ParticleNetwork, stochastic_names
+from uq.inference.pbnn import OHSMC, SGSMC, PartialPosterior
+from uq.inference.pbnn_network import ParticleNetwork, stochastic_names
 from uq.inference.posterior import (
     DrawsPosterior,
     LastLayerPosterior,
@@ -39,7 +40,8 @@ from uq.inference.sdm_calibration import (
     find_region,
     rescaled_similarity,
 )
-from uq.inference.smc import HMC, DataSchedule, RandomWalk, SMCResult, SMCSampler
+from uq.inference.smc import DataSchedule, SMCResult, SMCSampler
+from uq.inference.smc_moves import HMC, RandomWalk
 from uq.inference.ssvi import SSVI, account, removal_score
 from uq.inference.ssvi_posterior import SparseNormalGuide, SparsePosterior
 from uq.inference.training import TrainingState, train

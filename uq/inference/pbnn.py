@@ -23,245 +23,23 @@ given the batch; the gradient is as above. The likelihood that it climbs is that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.utils.checkpoint import checkpoint
 
 from uq.distributions import Predictive
 from uq.errors import DataError, ParameterError
-from uq.inference.posterior import (
-    WeightPosterior,
-    Weights,
-    _activation_elements,
-    monte_carlo,
-)
+from uq.inference.pbnn_network import ParticleNetwork
+from uq.inference.posterior import WeightPosterior, Weights, monte_carlo
 from uq.inference.resampling import ancestors, normalize, resample_below, unique_share
-from uq.inference.smc import (
-    HMC,
-    DataSchedule,
-    RandomWalk,
-    SMCResult,
-    SMCSampler,
-    _value_and_gradient,
-    accept,
-)
+from uq.inference.smc import DataSchedule, SMCResult, SMCSampler
+from uq.inference.smc_moves import HMC, RandomWalk, accept, value_and_gradient
 from uq.nn.network import Network
 
 MOVES = ("ou", "rw", "mh", "langevin", "adaptive_rw")
-Stochastic = str | Sequence[str] | Callable[[str, nn.Module], bool]
-# Layers that act on the last axis alone, so that an axis of particles may stand before it.
-_POINTWISE = (
-    nn.Linear, nn.ELU, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU,
-    nn.Identity, nn.LayerNorm, nn.Dropout,
-)  # fmt: skip
-
-
-# -- which weights ---------------------------------------------------------------------------------
-
-
-def stochastic_names(body: nn.Module, stochastic: Stochastic = "penultimate") -> list[str]:
-    """Names of the parameters of ``body`` that ``stochastic`` chooses.
-
-    Parameters
-    ----------
-    body : Module
-        Network body.
-    stochastic : str, sequence of str or callable, default="penultimate"
-        "penultimate", "first", "last" or "all": among the layers that hold a weight matrix or
-        kernel, in the order of ``named_modules`` (with a single layer, that one). Otherwise names
-        of modules or parameters, or a function ``f(name, module)`` that says which modules.
-
-    Returns
-    -------
-    list of str
-        In the order of ``named_parameters``.
-
-    Raises
-    ------
-    ParameterError
-        If a name is unknown, or nothing is chosen.
-
-    Examples
-    --------
-    >>> from uq.inference.pbnn import stochastic_names
-    >>> from uq.nn import MLP
-    >>> stochastic_names(MLP(2, (100, 20, 5), 1))
-    ['4.weight', '4.bias']
-    """
-    modules = dict(body.named_modules())
-    parameters = [name for name, _ in body.named_parameters()]
-    layers = [
-        name for name, m in modules.items() if any(p.ndim >= 2 for p in m.parameters(recurse=False))
-    ]
-    if not layers:
-        raise ParameterError("stochastic: the network has no layer with weights.")
-    if callable(stochastic):
-        chosen = [name for name, m in modules.items() if stochastic(name, m)]
-        if not chosen:
-            raise ParameterError(
-                f"stochastic: the function chose no module; there are {_listed(modules)}."
-            )
-    elif isinstance(stochastic, str) and stochastic in ("penultimate", "first", "last", "all"):
-        chosen = {
-            "penultimate": layers[-2:][:1],
-            "first": layers[:1],
-            "last": layers[-1:],
-            "all": layers,
-        }[stochastic]
-    else:
-        chosen = [stochastic] if isinstance(stochastic, str) else list(stochastic)
-        unknown = [name for name in chosen if name not in modules and name not in parameters]
-        if unknown or not chosen:
-            raise ParameterError(
-                f"stochastic: the network has no module {', '.join(map(repr, unknown))}; there "
-                f"are {_listed(modules)}."
-                if unknown
-                else "stochastic: an empty list chooses nothing; name a module."
-            )
-    inside = [n for n in parameters if any(_is_in(n, module) for module in chosen)]
-    if not inside:
-        raise ParameterError(f"stochastic: {_listed(chosen)} hold no parameters.")
-    return inside
-
-
-def _is_in(parameter: str, module: str) -> bool:
-    return module in ("", parameter) or parameter.startswith(module + ".")
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(repr(n) for n in names if n) or "none"
-
-
-# -- likelihood of particles -----------------------------------------------------------------------
-
-
-class ParticleNetwork(nn.Module):
-    """A network some of whose weights have an axis of particles.
-
-    Parameters
-    ----------
-    network : Network
-        Body and likelihood. Its parameters that are named no longer require gradients.
-    names : list of str
-        Parameters of the body that are φ.
-    max_memory_mb : float, default=256
-        Bound on the activations of one pass. Beyond it the particles are split, and each part is
-        computed a second time in the backward pass; results are the same to rounding.
-
-    Notes
-    -----
-    Used in eval mode, so that neither dropout nor batch statistics couple particles. Layers before
-    the first stochastic one run once for all particles; nothing has the size of S times ψ.
-    """
-
-    def __init__(self, network: Network, names: list[str], max_memory_mb: float = 256) -> None:
-        super().__init__()
-        self.network = network.eval()
-        self.names = names
-        self.max_memory_mb = max_memory_mb
-        own = dict(network.body.named_parameters())
-        self.shapes = [own[name].shape for name in names]
-        self.sizes = [own[name].numel() for name in names]
-        for name in names:
-            own[name].requires_grad_(False)
-        self._plain = _is_plain(network.body, names)
-        self._per_row: float | None = None
-
-    @property
-    def dim(self) -> int:
-        """Number of stochastic weights."""
-        return sum(self.sizes)
-
-    def psi(self) -> list[nn.Parameter]:
-        """Return the deterministic parameters."""
-        return [p for p in self.network.parameters() if p.requires_grad]
-
-    def unflatten(self, phi: Tensor) -> Weights:
-        """Particles (S, D) as named tensors (S, *shape)."""
-        parts = phi.split(self.sizes, -1)
-        return {
-            name: part.reshape(-1, *shape)
-            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
-        }
-
-    def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
-        """Outputs of the body for each row and particle, (n, S, outputs)."""
-        weights = self.unflatten(phi)
-        body = self.network.body
-        if not self._plain:
-            # Only what depends on the particles is batched.
-            call = vmap(lambda w: functional_call(body, w, (x,)))
-            return call(weights).transpose(0, 1)
-        h, batched = x, False
-        layer: Any
-        for name, layer in body.named_children():
-            w, b = (weights.get(f"{name}.{p}") for p in ("weight", "bias"))
-            if w is None and b is None:
-                h = layer(h)
-                continue
-            h = _linear(
-                h, batched, layer.weight if w is None else w, layer.bias if b is None else b
-            )
-            batched = True
-        return h
-
-    def log_likelihood_rows(self, phi: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Log likelihood of each row and particle, (n, S)."""
-        self.network.eval()
-        likelihood = self.network.likelihood
-        shape = (len(x), len(phi))
-        flat = self.outputs(phi, x).reshape(shape[0] * shape[1], -1)
-        nll: Tensor = likelihood.nll(likelihood(flat), y.repeat_interleave(len(phi), 0))
-        return -nll.view(shape)
-
-    def forward(self, phi: Tensor, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Log likelihood of all rows at each particle, (S,), in float64."""
-
-        def part(phi: Tensor) -> Tensor:
-            rows = self.log_likelihood_rows(phi, x, y).double()
-            return rows.sum(0) if weight is None else weight.double() @ rows
-
-        size = self._particles_at_once(x)
-        if len(phi) <= size:
-            return part(phi)
-        return torch.cat([checkpoint(part, p, use_reentrant=False) for p in phi.split(size)])
-
-    def _particles_at_once(self, x: Tensor) -> int:
-        if self._per_row is None:
-            self._per_row = _activation_elements(self.network, x[:2]) / len(x[:2])
-        budget = self.max_memory_mb * 2**20 / x.element_size()
-        return max(1, int(budget / (self._per_row * len(x))))
-
-
-def _is_plain(body: nn.Module, names: list[str]) -> bool:
-    """Whether the layers are a chain that may have an axis of particles before the last one."""
-    if not isinstance(body, nn.Sequential):
-        return False
-    children = dict(body.named_children())
-    owners = [name.rpartition(".")[0] for name in names]
-    if any(type(children.get(owner)) is not nn.Linear for owner in owners):
-        return False
-    first = min(list(children).index(owner) for owner in owners)
-    return all(type(layer) in _POINTWISE for layer in list(children.values())[first:])
-
-
-def _linear(h: Tensor, batched: bool, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear layer with particles: h is (n, in) or (n, S, in), the result (n, S, out)."""
-    if weight.ndim == 3 and not batched:
-        # One product for all particles.
-        out = (h @ weight.flatten(0, 1).T).view(len(h), *weight.shape[:2])
-    elif weight.ndim == 3:
-        out = (h.transpose(0, 1) @ weight.mT).transpose(0, 1)
-    else:
-        out = h @ weight.T
-        if not batched and bias is not None and bias.ndim == 2:
-            out = out[:, None]
-    return out if bias is None else out + bias
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -313,7 +91,7 @@ class _ParticleObjective(nn.Module):
 
     def held_out_nll(self, x: Tensor, y: Tensor) -> Tensor:
         """Negative log predictive density of each row, by the weighted cloud."""
-        size = self.model._particles_at_once(x)
+        size = self.model.particles_at_once(x)
         parts = []
         for phi, log_w in zip(
             self.particles.split(size), self.log_weights.split(size), strict=True
@@ -403,7 +181,7 @@ class OHSMC(_ParticleObjective):
     Examples
     --------
     >>> import torch
-    >>> from uq.inference.pbnn import OHSMC, ParticleNetwork, stochastic_names
+    >>> from uq.inference import OHSMC, ParticleNetwork, stochastic_names
     >>> from uq.nn import MLP, Network, NormalLikelihood
     >>> x = torch.linspace(-2, 2, 50)[:, None]
     >>> body = MLP(1, (20, 5), 1)
@@ -495,7 +273,7 @@ class OHSMC(_ParticleObjective):
         if self._previous is None:  # no row has been seen: the cloud is the prior
             return phi.clone()
         if self.move == "langevin":
-            _, gradient = _value_and_gradient(self._log_target, phi)
+            _, gradient = value_and_gradient(self._log_target, phi)
             return phi + 0.5 * v * gradient + math.sqrt(v) * self._noise(phi)
         log_p = self._log_target(phi)
         rates = []

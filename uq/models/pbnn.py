@@ -22,11 +22,9 @@ from uq.inference.pbnn import (
     OHSMC,
     SGSMC,
     PartialPosterior,
-    ParticleNetwork,
-    Stochastic,
     refresh,
-    stochastic_names,
 )
+from uq.inference.pbnn_network import ParticleNetwork, Stochastic, stochastic_names
 from uq.inference.resampling import SCHEMES, ParticleWarning, ancestors
 from uq.inference.training import TrainingResult, cosine_schedule, warn_interrupted
 from uq.models.base import Classifier, Estimator, NetworkRegressor, TrainingData, estimator
