@@ -17,7 +17,9 @@ SECTIONS = {
     "awareness": "Does it know what it does not know?",
     "comparison": "Compared with what?",
     "groups": "For which rows?",
+    "diagnostics": "Did sampling work?",
 }
+_SAMPLED = "No warning: chains agree, and there are draws enough."
 BETTER = {"lower": "lower is better", "higher": "higher is better", "": ""}
 
 # Metrics of groups, as headings of narrow columns.
@@ -79,6 +81,15 @@ class GroupTable:
 
 
 @dataclass(frozen=True)
+class DiagnosticTable:
+    """How sampling went: findings, and a row of texts for each quantity."""
+
+    findings: list[str]
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
 class View:
     """Everything that is shown, as texts."""
 
@@ -92,6 +103,7 @@ class View:
     groups: list[GroupTable]
     group_findings: list[str]
     notes: list[tuple[str, str]]
+    diagnostics: DiagnosticTable | None
     interval: str
     resamples: int
     versions: str
@@ -107,7 +119,7 @@ def view(data: dict[str, Any]) -> View:
     sections = [
         Section(key, title, _verdicts(data, key), _metric_rows(data, data["sections"].get(key, [])))
         for key, title in SECTIONS.items()
-        if key != "groups"
+        if key not in ("groups", "diagnostics")
     ]
     return View(
         title=data["title"],
@@ -120,6 +132,7 @@ def view(data: dict[str, Any]) -> View:
         groups=_group_tables(data, labels),
         group_findings=data["group_findings"],
         notes=_notes(data),
+        diagnostics=_diagnostics(data.get("diagnostics")),
         interval=f"{100 * data['resampling']['interval']:g} %",
         resamples=data["resampling"]["n_resamples"],
         versions=" · ".join(f"{name} {number}" for name, number in data["versions"].items()),
@@ -152,6 +165,12 @@ def to_text(data: dict[str, Any]) -> str:
         lines += ["", SECTIONS["groups"], *(f"  {line}" for line in _wrapped(v.group_findings))]
         for table in v.groups:
             lines += _text_groups(table, len(v.methods) > 1)
+    if v.diagnostics is not None:
+        d = v.diagnostics
+        lines += ["", SECTIONS["diagnostics"], *(f"  {line}" for line in _wrapped(d.findings))]
+        for label, *texts in [["", *d.columns], *d.rows]:
+            shown = "".join(_fit(text, _CELL_WIDTH) for text in texts)
+            lines.append(_fit(f"  {label}", _LABEL_WIDTH) + shown)
     lines += ["", f"± the longer side of the {v.interval} interval."]
     if len(v.methods) > 1:
         lines[-1] += " * best, = not distinguishable from the best."
@@ -226,6 +245,10 @@ def to_markdown(data: dict[str, Any]) -> str:
             lines += [f"{_escape(table.grouping)}, {_escape(table.method)}:", ""]
             body = [[label, str(n), *(c.value for c in cells)] for label, n, cells in table.rows]
             lines += _markdown_table([table.grouping, "rows", *table.columns], body)
+    if v.diagnostics is not None:
+        d = v.diagnostics
+        lines += [f"## {SECTIONS['diagnostics']}", "", *(f"- {_escape(t)}" for t in d.findings), ""]
+        lines += _markdown_table(["", *d.columns], d.rows)
     lines += [f"Intervals hold {v.interval}.", ""]
     lines += [f"- {_escape(key)}: {_escape(text)}" for key, text in v.notes]
     return "\n".join(lines).rstrip() + "\n"
@@ -277,6 +300,12 @@ def _notes(data: dict[str, Any]) -> list[tuple[str, str]]:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     return [(key, text(value)) for key, value in data["notes"].items()]
+
+
+def _diagnostics(data: dict[str, Any] | None) -> DiagnosticTable | None:
+    if not data:
+        return None
+    return DiagnosticTable(data["warnings"] or [_SAMPLED], data["columns"], data["rows"])
 
 
 def _verdicts(data: dict[str, Any], key: str) -> list[tuple[str, str]]:

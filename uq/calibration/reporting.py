@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,6 +104,9 @@ class Report:
         What the caller wanted to be printed.
     versions : dict of str to str
         Of the packages that made the numbers.
+    diagnostics : dict
+        How sampling went, as texts: "columns", "rows" (a label first) and "warnings"; empty where
+        none were given.
     """
 
     title: str
@@ -119,6 +123,7 @@ class Report:
     resampling: Resampling
     notes: dict[str, Any]
     versions: dict[str, str]
+    diagnostics: dict[str, Any] = field(default_factory=dict)
 
     # -- tables ----------------------------------------------------------------------------
 
@@ -242,6 +247,7 @@ class Report:
                 group_findings=list(data["group_findings"]),
                 resampling=Resampling(**data["resampling"]),
                 versions=dict(data["versions"]),
+                diagnostics=_checked_diagnostics(data.get("diagnostics", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(
@@ -387,6 +393,7 @@ def report(
     name: str = "model",
     title: str | None = None,
     notes: Mapping[str, Any] | None = None,
+    diagnostics: tuple[pd.DataFrame, Sequence[str]] | None = None,
     interval: float = 0.95,
     n_resamples: int = 1000,
     random_state: int = 0,
@@ -412,6 +419,9 @@ def report(
     notes : dict, optional
         Anything to print with it: data set, training size, seconds. Values that are dicts by
         method are fine.
+    diagnostics : tuple of DataFrame and sequence of str, optional
+        Numbers that say how sampling went, a row for each quantity, and warnings; what the
+        ``diagnostics`` method of a sampling estimator gives. Adds a section.
     interval : float, default=0.95
         Coverage of the intervals, in (0, 1).
     n_resamples : int, default=1000
@@ -446,7 +456,9 @@ def report(
     labels = {name: Names("report", "y", "prediction")}
     settings = Resampling(interval, n_resamples, random_state)
     ood_by_name = None if ood is None else {name: ood}
-    return _make({name: prediction}, y, ood_by_name, groups, labels, title, notes, settings)
+    shown = {} if diagnostics is None else _diagnostic_texts(diagnostics)
+    made = _make({name: prediction}, y, ood_by_name, groups, labels, title, notes, settings)
+    return replace(made, diagnostics=shown)
 
 
 def compare(
@@ -581,6 +593,36 @@ def _make(
         notes=dict(notes or {}),
         versions=_versions(),
     )
+
+
+def _diagnostic_texts(diagnostics: Any) -> dict[str, Any]:
+    """Numbers as texts: they may be NaN, and counts look like counts."""
+    try:
+        table, warnings = diagnostics
+        columns = [str(c) for c in table.columns]
+        body = table.to_numpy(dtype=float)
+        labels = [str(label) for label in table.index]
+        said = [str(w) for w in ([warnings] if isinstance(warnings, str) else warnings)]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ParameterError(
+            "report: diagnostics must be a pair of a DataFrame of numbers and a sequence of "
+            f"warnings, got {type(diagnostics).__name__} ({error})."
+        ) from error
+    rows = [
+        [label, *("" if math.isnan(v) else f"{v:.4g}" for v in line)]
+        for label, line in zip(labels, body, strict=True)
+    ]
+    return {"columns": columns, "rows": rows, "warnings": said}
+
+
+def _checked_diagnostics(data: Mapping[str, Any]) -> dict[str, Any]:
+    if not data:
+        return {}
+    return {
+        "columns": [str(c) for c in data["columns"]],
+        "rows": [[str(t) for t in row] for row in data["rows"]],
+        "warnings": [str(w) for w in data["warnings"]],
+    }
 
 
 def _checked_rows(

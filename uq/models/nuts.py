@@ -25,6 +25,7 @@ from uq.models.base import (
     TrainingData,
     estimator,
 )
+from uq.models.chains import ChainDiagnostics
 from uq.models.checks import check_number
 from uq.models.documentation import documented
 from uq.models.ensemble import initial_networks
@@ -57,7 +58,7 @@ n_chains_ : int
 
 
 @estimator
-class _NUTS(PointEstimator):
+class _NUTS(ChainDiagnostics, PointEstimator):
     hidden: Sequence[int] = (32,)
     patience: int | Literal["auto"] | None = None
     n_chains: int = 4
