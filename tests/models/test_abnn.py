@@ -223,6 +223,27 @@ def test_noise_of_rows_makes_no_functions():
         model.sample_functions(X, 2)
 
 
+@pytest.mark.parametrize("noise_shape", ["channel", "sample", "element"])
+def test_prediction_leaves_the_global_generator_alone(noise_shape):
+    X, y = wine()
+    model = quick(module=network(nn.LayerNorm(8)), noise_shape=noise_shape).fit(X, y)
+    before = torch.get_rng_state()
+    model.predict_proba(X)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("noise_shape", ["channel", "element"])
+def test_layers_that_share_a_scale(noise_shape):
+    X, y = wine()
+    net = network(nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8))
+    net[7].weight = net[1].weight
+    model = quick(module=net, noise_shape=noise_shape, alpha=0.1).fit(X, y)
+    assert (model.predict_distribution(X).epistemic > 0).all()
+    plain = quick(module=net, noise_shape=noise_shape, alpha=0.0, n_members=0).fit(X, y)
+    expected = net(torch.tensor(X)).softmax(-1).double()
+    torch.testing.assert_close(torch.tensor(plain.predict_proba(X)), expected, rtol=0, atol=1e-6)
+
+
 def test_interrupt_in_fine_tuning_keeps_the_members_before():
     X, y = wine()
     seen = []

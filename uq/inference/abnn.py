@@ -365,7 +365,9 @@ class ABNNPosterior(WeightPosterior):
     def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
         """Draw the weights of members in turn, their scales γ(1 + αε) with ε of each draw's own."""
         members, count = self.members, self.n_members
-        layers = [(f"{name}.weight", layer.alpha) for name, layer in self._layers()]
+        # Layers may share one scale: it has the name and the noise of the first.
+        first = {id(layer.weight): (name, layer) for name, layer in reversed(self._layers())}
+        layers = [(f"{name}.weight", layer.alpha) for name, layer in reversed(first.values())]
         shapes = [members[name].shape[1:] for name, _ in layers]
         sizes = [shape.numel() for shape in shapes]
         dtype = torch.promote_types(members[layers[0][0]].dtype, torch.float32)
@@ -396,7 +398,8 @@ class ABNNPosterior(WeightPosterior):
         """Outputs under noise of each row's own: the draws of a member are more rows of a batch."""
         network = self.network.eval()
         budget = MEMORY_BUDGET_MB[x.device.type] * 2**20 / x.element_size()
-        per_row = _activation_elements(network, x[:2]) / max(1, len(x[:2]))
+        with without_noise(network):  # which would come from torch's global generator
+            per_row = _activation_elements(network, x[:2]) / max(1, len(x[:2]))
         rows = min(len(x), max(32, int(budget / per_row)))
         draws = min(n_samples, max(1, int(budget / per_row / rows)))
         outputs = []
