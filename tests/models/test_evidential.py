@@ -236,9 +236,12 @@ def test_cubic_toy_shows_the_known_failure(seed):
     [
         ("loss", "mse"),
         ("kl_weight", -1.0),
+        ("kl_weight", float("inf")),
         ("kl_anneal_epochs", 2.5),
         ("logdet_weight", -0.1),
+        ("logdet_weight", float("inf")),
         ("prior", 0.0),
+        ("prior", float("inf")),
         ("evidence", "tanh"),
         ("features", "some"),
         ("features", "frozen"),  # without a module
@@ -250,7 +253,10 @@ def test_arguments_of_the_classifier_are_named(name, value):
         EvidentialClassifier(**QUICK | {name: value}).fit(X, y)
 
 
-@pytest.mark.parametrize(("name", "value"), [("penalty", "none"), ("penalty_weight", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("penalty", "none"), ("penalty_weight", -1.0), ("penalty_weight", float("inf"))],
+)
 def test_arguments_of_the_regressor_are_named(name, value):
     X, _ = wine()
     with pytest.raises(ParameterError, match=name):

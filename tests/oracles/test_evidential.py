@@ -309,6 +309,17 @@ def test_bad_evidence_and_labels():
         evidential_loss(e, y, kl_weight=-1.0)
     with pytest.raises((IndexError, RuntimeError)):
         evidential_loss(e, torch.tensor([0, 3]), validate_args=False)
+    with pytest.raises(ParameterError, match="prior must be > 0"):
+        DirichletHead(3, prior=0.0)
+    with pytest.raises(ParameterError, match="logdet_weight"):
+        DirichletHead(3, logdet_weight=-1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_of_any_integer_type(dtype):
+    e, y = torch.rand(3, 3, dtype=dtype), torch.tensor([0, 2, 1])
+    for kind in (torch.uint8, torch.int16, torch.int32):
+        torch.testing.assert_close(evidential_loss(e, y.to(kind)), evidential_loss(e, y))
 
 
 # -- regression ----------------------------------------------------------------------------------
@@ -415,6 +426,15 @@ def test_penalties(penalty):
     assert gradcheck(lambda t: head.loss(t, y), (outputs,))
     with pytest.raises(ParameterError, match="penalty"):
         NormalInverseGammaHead(1, "amini")
+    with pytest.raises(ParameterError, match="penalty_weight"):
+        NormalInverseGammaHead(1, penalty, penalty_weight=-0.1)
+
+
+def test_targets_are_not_broadcast():
+    head = NormalInverseGammaHead(1)
+    for method in (head.loss, head.nll):
+        with pytest.raises(DataError, match=r"\(5, 1\).*got \(5,\)"):
+            method(torch.randn(5, 4), torch.randn(5))
 
 
 @pytest.mark.statistical

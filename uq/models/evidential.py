@@ -7,6 +7,7 @@ linear head on frozen features is found by L-BFGS, as the authors of I-EDL do fo
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, Literal
 
@@ -274,10 +275,10 @@ class EvidentialClassifier(_Evidential, Classifier):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_choice(self, "loss", LOSSES)
-        check_number(self, "kl_weight", at_least=0)
+        check_number(self, "kl_weight", at_least=0, below=math.inf)
         check_number(self, "kl_anneal_epochs", at_least=0, integer=True)
-        check_number(self, "logdet_weight", at_least=0)
-        check_number(self, "prior", above=0, optional=True)
+        check_number(self, "logdet_weight", at_least=0, below=math.inf)
+        check_number(self, "prior", above=0, below=math.inf, optional=True)
         check_choice(self, "evidence", tuple(EVIDENCE))
 
     def _head(self) -> nn.Module:
@@ -358,7 +359,7 @@ class EvidentialRegressor(_Evidential, Regressor):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_choice(self, "penalty", PENALTIES)
-        check_number(self, "penalty_weight", at_least=0)
+        check_number(self, "penalty_weight", at_least=0, below=math.inf)
 
     def _width_reason(self) -> str:
         return f"four for each of the {len(self.y_mean_)} targets"

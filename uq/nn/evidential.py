@@ -119,6 +119,16 @@ def evidential_loss(
     if loss not in LOSSES:
         raise ParameterError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
     prior = default_prior(loss) if prior is None else prior
+    _check_numbers(prior, kl_weight, logdet_weight)
+    if validate_args:
+        _check(evidence, y)
+    if evidence.dtype != torch.float64:
+        evidence = evidence.float()
+    rows: Tensor = _DirichletLoss.apply(evidence, y, loss, prior, kl_weight, logdet_weight)
+    return rows
+
+
+def _check_numbers(prior: float, kl_weight: float, logdet_weight: float) -> None:
     for name, value, least in (
         ("prior", prior, math.ulp(0.0)),
         ("kl_weight", kl_weight, 0.0),
@@ -127,12 +137,6 @@ def evidential_loss(
         if not least <= value < math.inf:
             sign = ">" if least else ">="
             raise ParameterError(f"{name} must be {sign} 0 and finite, got {value!r}.")
-    if validate_args:
-        _check(evidence, y)
-    if evidence.dtype != torch.float64:
-        evidence = evidence.float()
-    rows: Tensor = _DirichletLoss.apply(evidence, y, loss, prior, kl_weight, logdet_weight)
-    return rows
 
 
 def _check(evidence: Tensor, y: Tensor) -> None:
@@ -209,7 +213,7 @@ class _DirichletLoss(torch.autograd.Function):
             ctx.grad = grad
             return rows
         n, k = evidence.shape
-        at_y = y[:, None]
+        at_y = y.long()[:, None]
         block = evidence.new_empty(8, n, k + 2)
         alpha_sums, psi1, g_slope, g, q, log_psi1, squares, fall = block.unbind(0)
         wrong = evidence.scatter(1, at_y, 0.0)  # evidence of the wrong classes: α̃ − prior
@@ -349,6 +353,7 @@ class DirichletHead(nn.Module):
         self.evidence = EVIDENCE[evidence]
         self.prior = default_prior(loss) if prior is None else prior
         self.logdet_weight = logdet_weight
+        _check_numbers(self.prior, 0.0, logdet_weight)
 
     def forward(self, outputs: Tensor) -> Tensor:
         """Concentrations α of each row, shape (n, n_classes)."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uq.distributions.normal_inverse_gamma import NormalInverseGamma
-from uq.errors import ParameterError
+from uq.errors import DataError, ParameterError
 
 Penalty = Literal["evidence", "normalised", "kl"]
 PENALTIES: tuple[str, ...] = get_args(Penalty)
@@ -82,6 +82,14 @@ def nig_kl(p: Parameters, q: Parameters) -> Tensor:
     return of_mean + of_variance
 
 
+def _check_shape(y: Tensor, loc: Tensor) -> None:
+    if y.shape != loc.shape:  # (n,) would be broadcast against (n, 1) to (n, n)
+        raise DataError(
+            f"NormalInverseGammaHead: y must have shape {tuple(loc.shape)}, rows by targets, got "
+            f"{tuple(y.shape)}."
+        )
+
+
 class NormalInverseGammaHead(nn.Module):
     """What the outputs of a network mean for real targets: four numbers a target.
 
@@ -111,6 +119,8 @@ class NormalInverseGammaHead(nn.Module):
         super().__init__()
         if penalty not in PENALTIES:
             raise ParameterError(f"penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}.")
+        if not 0 <= penalty_weight < math.inf:
+            raise ParameterError(f"penalty_weight must be >= 0 and finite, got {penalty_weight!r}.")
         self.n_targets = n_targets
         self.n_outputs = 4 * n_targets
         self.penalty = penalty
@@ -123,9 +133,10 @@ class NormalInverseGammaHead(nn.Module):
         return loc, nu, alpha + 1, beta
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Loss of each row, summed over targets; in float32 also under autocast."""
+        """Loss of each row, ``y`` (n, m), summed over targets; in float32 also under autocast."""
         parameters = self(outputs if outputs.dtype == torch.float64 else outputs.float())
         loc, nu, alpha, beta = parameters
+        _check_shape(y, loc)
         error = (y - loc).abs()
         if self.penalty == "kl":
             omega = torch.full_like(nu, _OMEGA)
@@ -138,7 +149,9 @@ class NormalInverseGammaHead(nn.Module):
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Negative log predictive density of each row, summed over targets."""
-        return nig_nll(y, *self(outputs)).sum(-1)
+        parameters = self(outputs)
+        _check_shape(y, parameters[0])
+        return nig_nll(y, *parameters).sum(-1)
 
     def predictive(self, outputs: Tensor) -> NormalInverseGamma:
         """Student-t predictive of each row, batch shape (n, m), in float64."""
