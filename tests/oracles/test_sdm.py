@@ -267,6 +267,16 @@ def test_search_tells_apart_what_rounding_hides():
     assert_same(found, sorted_definition(h, predictions, support, labels, own))
 
 
+def test_search_where_squares_leave_float32():
+    support, labels, own, _, predictions = support_case(60, 3, 2, torch.float32, integers=False)
+    h = torch.full((15, 3), 1e25)
+    found = match(h, predictions, support, labels, own)
+    assert_same(found, sorted_definition(h, predictions, support, labels, own))
+    found = match(support[:15].double() * 1e25, predictions, support, labels, own)
+    expected = sorted_definition(support[:15].double() * 1e25, predictions, support, labels, own)
+    assert_same(found, expected)
+
+
 def test_all_equal_rows_all_good_rows_and_the_cap():
     support, h = torch.ones(60, 3), torch.ones(2, 3)
     labels = torch.zeros(60, dtype=torch.long)
@@ -318,6 +328,12 @@ def test_nearest_rows(backend):
     torch.testing.assert_close(distance, expected.values[:, :4])
     tied = nearest_rows(torch.zeros(1, 2), torch.ones(9, 2), 3, backend=backend)[0]
     assert tied.tolist() == [[0, 1, 2]]
+    # More ties than candidates, and queries so far away that float32 sees nothing but ties.
+    tied = nearest_rows(torch.zeros(2, 2), torch.ones(200, 2), 3, backend=backend)[0]
+    assert tied.tolist() == [[0, 1, 2]] * 2
+    far, _ = nearest_rows(h * 1e8, s, 4, backend=backend)
+    expected = ((1e8 * h)[:, None].double() - s.double()).square().sum(-1).sort(stable=True)
+    assert (far == expected.indices[:, :4]).all()
     for bad in (0, 81, 1.5):
         with pytest.raises(ParameterError, match="k must be"):
             nearest_rows(h, s, bad)

@@ -29,6 +29,8 @@ MAX_Q = 2048
 _BLOCK = {"cpu": (256, 2048), "cuda": (4096, 8192)}
 _MAX_PAIRS = 1 << 20
 _PAIR_ELEMENTS = 1 << 20
+# Norms up to which squares in float32 are far from its largest number.
+_MAX_NORM = 1e18
 # Rounding of a product in the settings of torch.set_float32_matmul_precision.
 _FLOAT32_ROUNDING = {"highest": 2.0**-23, "high": 2.0**-10, "medium": 2.0**-7}
 
@@ -104,6 +106,9 @@ def match(
     (tensor([3]), tensor([0]))
     """
     _check(queries, predictions, support, labels, support_predictions)
+    wide = max(float(h.abs().max()) for h in (queries, support)) * queries.shape[1] ** 0.5
+    if torch.float64 in (queries.dtype, support.dtype) or wide > _MAX_NORM:
+        queries, support = queries.double(), support.double()
     search = _Search(support, labels, support_predictions)
     n, size = len(queries), _BLOCK[queries.device.type][0]
     parts = []
@@ -304,31 +309,38 @@ def nearest_rows(
         )
     # A few more than k, which float64 then puts in order.
     n_candidates = min(len(support), k + 16)
-    centre = support.mean(0)
-    h, s = queries - centre, support - centre
+    centre = support.double().mean(0)
+    h, s = queries.double() - centre, support.double() - centre
     if backend == "faiss":
-        candidates = _faiss_candidates(h, s, n_candidates)
+        candidates, lowest = _faiss_candidates(h, s, n_candidates)
+        unit = float(torch.finfo(torch.float32).eps)
     elif backend == "torch":
-        size = max(1, (1 << 22) // len(s))
-        candidates = torch.cat(
-            [
-                torch.cdist(part, s).topk(n_candidates, largest=False).indices
-                for part in h.split(size)
-            ]
-        )
+        size = max(1, (1 << 21) // len(s))
+        found = [torch.cdist(part, s).topk(n_candidates, largest=False) for part in h.split(size)]
+        candidates = torch.cat([f.indices for f in found])
+        lowest = torch.cat([f.values for f in found]).square()
+        unit = float(torch.finfo(torch.float64).eps)
     else:
         raise ParameterError(f"nearest_rows: backend must be 'torch' or 'faiss', got {backend!r}.")
     candidates = candidates.sort(1).values
     step = max(1, _PAIR_ELEMENTS // (n_candidates * support.shape[1]))
-    found = [
+    parts = [
         (a[:, None].double() - support[c].double()).square().sum(-1).sort(dim=1, stable=True)
         for a, c in zip(queries.split(step), candidates.split(step), strict=True)
     ]
-    distance = torch.cat([f.values for f in found])[:, :k].sqrt()
-    return candidates.gather(1, torch.cat([f.indices for f in found]))[:, :k], distance
+    index = candidates.gather(1, torch.cat([p.indices for p in parts]))[:, :k]
+    squared = torch.cat([p.values for p in parts])[:, :k]
+    if n_candidates < len(s):
+        # Rows that tie with the k-th, up to rounding, may be missing: look at all.
+        slack = 8 * (s.shape[1] + 4) * unit * (h.square().sum(1) + lowest[:, -1])
+        for i in (lowest[:, -1] <= lowest[:, k - 1] + slack).nonzero()[:, 0].tolist():
+            every = (queries[i].double() - support.double()).square().sum(1).sort(stable=True)
+            index[i], squared[i] = every.indices[:k], every.values[:k]
+    return index, squared.sqrt()
 
 
-def _faiss_candidates(queries: Tensor, support: Tensor, k: int) -> Tensor:
+def _faiss_candidates(queries: Tensor, support: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Positions and squared distances of the k nearest, in float32."""
     try:
         import faiss
     except ImportError as error:
@@ -338,4 +350,5 @@ def _faiss_candidates(queries: Tensor, support: Tensor, k: int) -> Tensor:
         ) from error
     index = faiss.IndexFlatL2(support.shape[1])
     index.add(support.float().cpu().numpy())
-    return torch.from_numpy(index.search(queries.float().cpu().numpy(), k)[1]).to(queries.device)
+    squared, found = index.search(queries.float().cpu().numpy(), k)
+    return tuple(torch.from_numpy(t).to(queries.device) for t in (found, squared))  # type: ignore[return-value]
