@@ -16,10 +16,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import uq
 from uq.errors import DataError, LoadError, ParameterError
+from uq.models.sdm_bases import embeddings
 from uq.nn.sdm import FeatureNetwork
 
 QUICK = {"max_epochs": 20, "random_state": 0, "n_exemplar": 16, "lr": 0.01}
@@ -250,6 +251,38 @@ def test_base_is_a_classifier_of_uq(tumours, tmp_path, kind):
     pd.testing.assert_frame_equal(again.verify(X_new), model.verify(X_new))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [uq.SSVIClassifier, uq.ImplicitVIClassifier, uq.ABNNClassifier],
+    ids=lambda k: k.__name__,
+)
+def test_base_whose_weights_are_random(tumours, tmp_path, kind):
+    """Features are those of weights that were learned, the same at every call."""
+    X, X_new, y, y_new = tumours
+    base = kind(hidden=(16,), max_epochs=20, random_state=0).fit(X, y)
+    features = embeddings(base, X)
+    assert features.shape == (len(X), 16)
+    np.testing.assert_array_equal(features, embeddings(base, X))
+    if kind is uq.ImplicitVIClassifier:  # its network holds weights that nobody trained
+        x = torch.tensor((X - base.x_mean_) / base.x_scale_, dtype=torch.float32)
+        body = copy.deepcopy(base.posterior_.network.body)
+        with torch.no_grad():
+            untrained = FeatureNetwork(body, "penultimate").eval()(x).numpy()
+        assert not np.allclose(features, untrained, atol=0.1)
+    model = uq.SDMClassifier(base, **QUICK).fit(X, y)
+    assert model.score(X_new, y_new) > 0.9
+    pd.testing.assert_frame_equal(model.verify(X_new), model.verify(X_new))
+    model.save(tmp_path / "model.uq")
+    pd.testing.assert_frame_equal(uq.load(tmp_path / "model.uq").verify(X_new), model.verify(X_new))
+
+
+def test_base_is_a_network_with_noise(tumours):
+    X, _, y, _ = tumours
+    net, x = trained(X, y)
+    model = uq.SDMClassifier(uq.inference.to_abnn(net), layer="2", **QUICK).fit(x, y)
+    pd.testing.assert_frame_equal(model.verify(x), model.verify(x))
+
+
 def test_base_knows_a_frame(tumours):
     X, _, y, _ = tumours
     frame = pd.DataFrame(X, index=range(5, 5 + len(X))).add_prefix("f")
@@ -335,6 +368,21 @@ def test_positions_count_the_rows_of_weight_0():
         checked["exemplar_index"][same], np.flatnonzero(weight > 0)[same.to_numpy()]
     )
     assert same.sum() == model.n_support_
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_positions_are_those_of_a_dataset(loads):
+    """Batches come shuffled; positions do not."""
+    X, y = load_wine(return_X_y=True)
+    x = ((X - X.mean(0)) / X.std(0)).astype(np.float32)
+    source = TensorDataset(torch.tensor(x), torch.tensor(y))
+    source = DataLoader(source, 50, shuffle=True, drop_last=True) if loads else source
+    model = uq.SDMClassifier(**QUICK).fit(source)
+    assert model.n_support_ + model.n_calibration_ == len(x)
+    checked = model.verify(x).query("distance < 1e-5")
+    assert len(checked) == model.n_support_
+    np.testing.assert_array_equal(checked["exemplar_index"], checked.index)
+    np.testing.assert_array_equal(checked["exemplar_label"], y[checked.index])
 
 
 def test_a_class_of_one_row_is_said_to_rule_out_every_answer():

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
 
 from uq.errors import ParameterError
-from uq.inference.data import ArrayBatches
+from uq.inference.data import ArrayBatches, LoaderBatches
 from uq.inference.sdm import nearest_rows
 from uq.inference.sdm_calibration import (
     SDMPosterior,
@@ -66,8 +67,8 @@ class SDMClassifier(Classifier):
 
         - None: the inputs are the embeddings (or ``module`` or ``hidden`` make them).
         - torch.nn.Module: its outputs, or those of ``layer``.
-        - fitted classifier of uq: the features of its network (of the first, for an ensemble);
-          "penultimate" unless ``layer`` says otherwise.
+        - fitted classifier of uq: the features of its network (of the first, for an ensemble; of
+          one draw, for implicit or sampled weights); "penultimate" unless ``layer`` says otherwise.
         - any other fitted classifier: its log probabilities. Wrap it in scikit-learn's
           FrozenEstimator where the SDMClassifier itself is cloned (cross-validation).
     layer : str, optional
@@ -497,8 +498,11 @@ class SDMClassifier(Classifier):
 
 
 def _all_rows(data: TrainingData) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, classes and the user's weights of all rows."""
+    """Inputs, classes and the user's weights of all rows, in the order of the data."""
     batches = data.batches
+    if isinstance(batches, LoaderBatches):
+        ordered = _in_order(batches.loader)
+        batches = LoaderBatches(ordered, batches.prepare, len(ordered))
     columns = (
         batches.tensors
         if isinstance(batches, ArrayBatches)
@@ -510,3 +514,12 @@ def _all_rows(data: TrainingData) -> tuple[Tensor, Tensor, Tensor]:
     # They were divided by their mean, in the precision of training.
     w = weight[0].double() * (data.n_effective / len(y))
     return x, y, torch.where((w - w.round()).abs() < 1e-5 * w, w.round(), w)
+
+
+def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Loader of all rows by position, in the place of one that shuffles them."""
+    sampler, rows = loader.sampler, loader.dataset
+    shuffles = isinstance(sampler, RandomSampler) and not sampler.replacement
+    if not shuffles or loader.batch_size is None or sampler.num_samples != len(rows):  # type: ignore[arg-type,attr-defined]
+        return loader  # rows of the user's choice, as they come
+    return DataLoader(rows, loader.batch_size, collate_fn=loader.collate_fn)

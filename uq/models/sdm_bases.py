@@ -13,12 +13,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from uq.errors import DataError, ParameterError
+from uq.inference.abnn import ABNNPosterior
+from uq.inference.implicit_vi import ImplicitPosterior
+from uq.inference.pbnn import PartialPosterior
 from uq.inference.posterior import (
     LastLayerPosterior,
     MixturePosterior,
     Posterior,
     WeightPosterior,
+    Weights,
 )
+from uq.inference.ssvi_posterior import SparsePosterior
+from uq.nn.network import Network
 from uq.nn.sdm import FeatureNetwork
 
 _SMALLEST_P = 1e-12
@@ -75,14 +81,28 @@ def embeddings(base: Any, X: Any, layer: str | None = None) -> np.ndarray:
 
 
 def _network_of(posterior: Posterior) -> nn.Module | None:
-    """The network behind a posterior: at its mean, or of its first member."""
+    """The network behind a posterior: at its mean, of its first member, or at one draw."""
     if isinstance(posterior, MixturePosterior):
         return posterior.members[0].network.body
+    if isinstance(posterior, SparsePosterior):
+        return posterior.to_dense().network.body
+    if isinstance(posterior, ABNNPosterior):
+        return _with_first(posterior.network, posterior.members).body
+    if isinstance(posterior, ImplicitPosterior | PartialPosterior):
+        draw = posterior.sampler(1, posterior.generator(posterior.seed.device))
+        return _with_first(posterior.network, draw(1)).body
     if isinstance(posterior, WeightPosterior):
         return posterior.network.body
     if isinstance(posterior, LastLayerPosterior):
         return posterior.body
     return None
+
+
+def _with_first(network: Network, weights: Weights) -> Network:
+    """Copy of a network that does not itself hold its weights, with the first of those given."""
+    network = copy.deepcopy(network)
+    network.load_state_dict({name: w[0] for name, w in weights.items()}, strict=False)
+    return network
 
 
 def _log_probabilities(base: Any, X: Any) -> np.ndarray:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uq.errors import DataError, ParameterError
+from uq.nn.abnn import without_noise
 
 Q_SOFTMAX = math.e - 2
 """The q at which the activation is the softmax (with d = 1)."""
@@ -200,7 +201,8 @@ class FeatureNetwork(nn.Module):
         modules = dict(self.network.named_modules())
         handles = [modules[name].register_forward_hook(watch) for name in self._watched]
         try:
-            out = self.network(x)
+            with without_noise(self.network):  # a row must have the same features every time
+                out = self.network(x)
         finally:
             for handle in handles:
                 handle.remove()
