@@ -664,6 +664,20 @@ def test_gradients_of_sparse_products():
     assert torch.autograd.gradcheck(lambda x, v: sparse_product(x, v, pattern), (x, values))
 
 
+def test_norms_of_several_axes_stay_ordinary():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LayerNorm((4, 6, 6)), nn.Flatten())
+    assert list(sparse_weights(sparsify(net, 0.5))) == ["0.weight"]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(30, 10), lambda: nn.Conv2d(2, 3, 3)])
+def test_writing_zeros_out_takes_no_random_numbers(make):
+    small = compact(sparsify(make(), 0.5))
+    before = torch.get_rng_state()
+    ordinary, _ = densify(small)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {p.device.type for p in ordinary.parameters()} == {"cpu"}
+
+
 def test_same_noise_is_set_everywhere():
     net = sparsify(mlp(), 0.2)
     set_same_noise(net, True)

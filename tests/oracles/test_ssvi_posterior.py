@@ -221,6 +221,14 @@ def test_guides_that_cannot_be():
     with pytest.raises(ParameterError, match="continuous, got y"):
         SparseNormalGuide(lambda: pyro.sample("y", dist.Bernoulli(0.5)))
 
+    def with_scale(x, y):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x[:, 0], scale), obs=y)
+
+    with pytest.raises(ParameterError, match="site 'scale' is not over all reals"):
+        SparseNormalGuide(with_scale, x, y)
+
 
 # -- estimators --------------------------------------------------------------------------------
 

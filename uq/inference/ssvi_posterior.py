@@ -189,6 +189,12 @@ class SparseNormal(TorchDistribution):
         return flat.flatten(-len(self.weight.shape))[..., self.weight.index]
 
 
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
 @register_kl(SparseNormal, Independent)
 def _kl_sparse_normal(q: SparseNormal, p: Any) -> Tensor:
     if not isinstance(p.base_dist, torch.distributions.Normal):
@@ -220,7 +226,8 @@ class SparseNormalGuide(nn.Module):
     Raises
     ------
     ParameterError
-        If the model has no continuous latent site, or a weight would have no active entry.
+        If the model has no continuous latent site or one whose values are bounded (a scale, say),
+        or if a weight would have no active entry.
 
     Notes
     -----
@@ -284,6 +291,12 @@ class SparseNormalGuide(nn.Module):
             raise ParameterError(
                 "SSVI: the model needs latent sites, all of them continuous, got "
                 f"{', '.join(sites) or 'none'}."
+            )
+        bounded = [name for name, node in sites.items() if not _is_real(node["fn"].support)]
+        if bounded:
+            raise ParameterError(
+                f"SSVI: the guide is Gaussian, and site {bounded[0]!r} is not over all reals; give "
+                "it a prior over its logarithm (or the like), or make it a parameter."
             )
         shapes = {
             name: tuple(node["value"].shape)

@@ -76,6 +76,8 @@ class Convolution:
 Operation = Product | Convolution
 _CONVOLUTIONS: dict[type, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 SUPPORTED = (nn.Linear, *_CONVOLUTIONS)
+# Their parameters may have several axes, and are no weights between units.
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 def _operation(layer: nn.Module) -> Operation:
@@ -433,6 +435,8 @@ def _find_layers(module: nn.Module) -> dict[str, nn.Module]:
     owners: dict[int, str] = {}
     for name, part in module.named_modules():
         supported = type(part) in SUPPORTED
+        if isinstance(part, _NORMS):
+            continue
         for parameter in part._parameters.values():
             if parameter is None or not parameter.requires_grad or parameter.ndim < 2:
                 continue

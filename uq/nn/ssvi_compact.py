@@ -208,8 +208,11 @@ def _ordinary(layer: CompactLayer) -> nn.Module:
     weight = layer.weight.dense().detach()
     operation = layer.operation
     made: Any
+    # On meta, where initial weights take no random numbers; they are replaced.
     if isinstance(operation, Product):
-        made = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+        made = nn.Linear(
+            weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta"
+        )
     else:
         kinds: Mapping[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
         made = kinds[operation.dimensions](
@@ -222,6 +225,7 @@ def _ordinary(layer: CompactLayer) -> nn.Module:
             operation.groups,
             layer.bias is not None,
             operation.padding_mode,
+            device="meta",
         )
     made.weight = nn.Parameter(weight.clone())
     made.bias = layer.bias
