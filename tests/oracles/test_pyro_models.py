@@ -75,6 +75,9 @@ def test_pyros_nuts_reaches_the_exact_posterior():
     check_against_exact(model.fit(X, Y, sample_weight=WEIGHT), 250)
     assert model.sample_stats_["diverging"].shape == (2, 250)
     assert 0.5 < model.sample_stats_["acceptance_rate"].mean() < 1
+    found = model.diagnostics(X)
+    assert not any("diverged" in w or "disagree" in w for w in found.warnings)
+    assert set(found.table.index) >= {"weight", "bias", "prediction", "divergences"}
 
 
 def test_users_store_and_model_are_left_alone():
@@ -119,6 +122,8 @@ def test_files_and_clones(tmp_path):
     assert torch.equal(again.predict_distribution(X).loc, first.loc)
     same = clone(model).fit(X, Y).predict_distribution(X)
     assert torch.equal(same.loc, first.loc)
+    with pytest.raises(ParameterError, match="fit with kernel="):
+        model.diagnostics(X)
     functions = model.sample_functions(X, 4)
     assert functions.shape == (4, 30)
     np.testing.assert_allclose(model.sample_functions(X[3:5], 4), functions[:, 3:5], rtol=1e-5)

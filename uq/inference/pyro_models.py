@@ -195,8 +195,6 @@ class PyroPosterior(Posterior):
         Values of the latent sites that are shared by all rows, stacked on a first axis.
     params : dict of Tensor
         What the parameter store held for the model.
-    dtype : torch.dtype
-        In which the model computes.
     """
 
     def __init__(

@@ -11,11 +11,13 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import Trace_ELBO
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from uq.distributions import Predictive, RealPredictive
 from uq.errors import ParameterError
 from uq.inference.data import ArrayBatches
+from uq.inference.diagnostics import Diagnostics, diagnose, to_inference_data
 from uq.inference.pyro_models import (
     PyroPosterior,
     draw_chains,
@@ -187,6 +189,27 @@ class _PyroModel(Estimator):
     def _n_epochs(self, data: TrainingData) -> int:
         return self.max_epochs or _EPOCHS
 
+    def diagnostics(self, X: Any) -> Diagnostics:
+        """Say whether chains can be trusted: of all shared sites, and of predictions at ``X``.
+
+        Raises
+        ------
+        ParameterError
+            If the model was fitted by a guide, whose draws are independent.
+        """
+        check_is_fitted(self)
+        posterior: Any = self.posterior_
+        if not self.sample_stats_:
+            raise ParameterError(
+                f"{type(self).__name__}: diagnostics are of Markov chains; fit with kernel=."
+            )
+        values = {k: t.cpu().numpy() for k, t in posterior.draws.items()}
+        values["prediction"] = self.sample_functions(X, posterior.n_draws)
+        by_chain = {k: a.reshape(self.n_chains_, -1, *a.shape[1:]) for k, a in values.items()}
+        tree = to_inference_data(by_chain, sample_stats=self.sample_stats_)
+        advice = "raise the kernel's target_accept_prob, or give the sites similar scales"
+        return diagnose(tree, divergence_advice=advice)
+
     def _build_posterior(self) -> PyroPosterior:
         def empty(shapes: dict[str, Any]) -> dict[str, Tensor]:
             return {
@@ -227,7 +250,7 @@ model : callable
 
     Attributes
     ----------
-    posterior_ : uq.inference.PyroPosterior
+    posterior_ : uq.inference.pyro_models.PyroPosterior
         Draws of the sites that all rows share.
     site_ : str
         Name of the site that observes y.
