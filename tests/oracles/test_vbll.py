@@ -518,6 +518,8 @@ def test_batch_losses_average_to_the_loss_of_all_rows():
     rows = torch.cat([features[:10], features[:10], features[20:]])
     repeated = head.loss(rows, torch.cat([y[:10], y[:10], y[20:]]))
     torch.testing.assert_close(head.loss(features, y, N, weight), repeated, rtol=1e-12, atol=0)
+    with pytest.raises(DataError, match=rf"weight must have shape \({N},\)"):
+        head.loss(features, y, N, weight[:, None])  # would broadcast to (N, N)
 
 
 @pytest.mark.parametrize(

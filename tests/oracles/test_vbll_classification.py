@@ -76,6 +76,15 @@ def test_knowles_minka_finds_the_best_alpha():
     np.testing.assert_allclose(found, best, atol=0.02)
 
 
+def test_knowles_minka_starts_at_jensen(monkeypatch):
+    """a = 0, before the first step on α, is Jensen's bound; without variance both are exact."""
+    mean, variance = random_logits(5, 6.0)
+    tiny = 1e-12 * variance
+    torch.testing.assert_close(knowles_minka_bound(mean, tiny), torch.logsumexp(mean, -1))
+    monkeypatch.setattr(vbll_classification, "_KNOWLES_MINKA_STEPS", 0)
+    torch.testing.assert_close(knowles_minka_bound(mean, variance), jensen_bound(mean, variance))
+
+
 def test_bound_gradient_is_that_of_the_bound_at_its_alpha():
     """α is held fixed; at the optimum the gradient equals the total derivative."""
     mean, variance = random_logits(3, 2.0, n=4)
@@ -220,6 +229,11 @@ def test_gradients_of_features_and_parameters(kind):
     assert torch.autograd.gradcheck(
         loss, (features, *head.parameters()), fast_mode=not loose, atol=1e-2 if loose else 1e-5
     )
+    if kind is not VBLLGenerativeClassification:  # there the variance is that of the features
+        with torch.no_grad():  # through the variance alone: the mean is flat
+            head.weights.mean.zero_()
+        (gradient,) = torch.autograd.grad(head.expected_nll(features, y).sum(), features)
+        assert gradient.abs().max() > 1e-3
 
 
 # -- generative ----------------------------------------------------------------------------------
@@ -414,6 +428,9 @@ def test_half_precision_and_targets(kind):
         head.loss(features, y.float())
     with pytest.raises(DataError, match="class positions"):
         head.loss(features, y[:, None])
+    for label in (-1, 3):  # −1 is the last class to an index
+        with pytest.raises((IndexError, RuntimeError)):
+            head.loss(features, y.masked_fill(y == 0, label))
 
 
 def test_arguments_are_named():

@@ -1,5 +1,7 @@
 """Uncertain features: a Normal posterior over the body's weights below an analytic last layer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ import uq
 from uq import VBLLClassifier, VBLLRegressor
 from uq.distributions import NormalMixture, Parametric, mixture
 from uq.errors import DataError, ParameterError
+from uq.inference import IVON
 from uq.inference.posterior import BayesianFeaturesPosterior, LastLayerPosterior
 from uq.nn import VBLLClassification, VBLLRegression
 
@@ -145,6 +148,78 @@ def test_what_has_no_mixture_is_refused():
         VBLLRegressor(**BAYESIAN, noise="student_t").fit(X, y)
     with pytest.raises(ParameterError, match="features='bayesian' needs head="):
         VBLLClassifier(**BAYESIAN, head="generative").fit(*rows_of(VBLLClassifier))
+
+
+def test_two_targets_share_the_body():
+    """One draw of the body moves both targets: their joint density is a mixture of products."""
+    X, y = rows_of(VBLLRegressor)
+    model = VBLLRegressor(**BAYESIAN).fit(X, np.stack([y, 3 - y], 1))
+    dist = model.predict_distribution(X[:5])
+    assert dist.batch_shape == (5, 2)
+    assert model.sample_functions(X[:5], 3).shape == (3, 5, 2)
+    both = np.stack([y, 3 - y], 1)[:5]
+    spread = (dist.scale**2 + dist.epistemic_scale**2).sqrt()
+    rows = torch.distributions.Normal(dist.loc, spread).log_prob(torch.tensor(both)).sum(-1)
+    expected = (torch.logsumexp(rows, 0) - np.log(8)).mean()
+    assert model.log_score(X[:5], both) == pytest.approx(float(expected))
+
+
+def test_weights_are_repetitions():
+    """Each row twice is N = 2n, for the last layer and for the body."""
+    X, y = rows_of(VBLLRegressor)
+    settings = BAYESIAN | {"batch_size": None, "patience": None, "precision": "64-true"}
+    weighted = VBLLRegressor(**settings).fit(X, y, np.full(len(X), 2.0))
+    repeated = VBLLRegressor(**settings).fit(np.r_[X, X], np.r_[y, y])
+    for name, std in weighted.posterior_.stds.items():
+        torch.testing.assert_close(repeated.posterior_.stds[name], std, rtol=1e-9, atol=0)
+    a, b = weighted.predict_distribution(X), repeated.predict_distribution(X)
+    torch.testing.assert_close(a.mean, b.mean, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(a.variance, b.variance, rtol=1e-7, atol=1e-7)
+
+
+def test_batch_norm_and_dropout_are_warned_of():
+    X, y = rows_of(VBLLRegressor)
+
+    def module(d_in, d_out):
+        return nn.Sequential(nn.Linear(d_in, d_out), nn.BatchNorm1d(d_out), nn.Dropout(0.1))
+
+    with pytest.warns(UserWarning, match=r"BatchNorm1d, Dropout.*wrong at other draws"):
+        VBLLRegressor(**BAYESIAN, module=module).fit(X, y)
+    VBLLRegressor(**QUICK, module=module).fit(X, y)  # trained as usual: nothing to warn of
+
+
+def test_runaway_curvature_is_told(monkeypatch):
+    X, y = rows_of(VBLLRegressor)
+    found = IVON.diagnostics
+    asked = []
+
+    def run_away(self, *, warn=True):
+        asked.append(warn)
+        return [replace(d, noise_share=0.9) for d in found(self, warn=False)]
+
+    monkeypatch.setattr(IVON, "diagnostics", run_away)
+    VBLLRegressor(**BAYESIAN | {"max_epochs": 1}).fit(X, y)
+    assert asked[-1] is True
+
+
+def test_a_body_without_weights_is_refused():
+    X, y = rows_of(VBLLRegressor)
+    frozen = nn.Linear(10, 4).requires_grad_(False)
+    for settings in ({"hidden": ()}, {"module": frozen}):
+        with pytest.raises(ParameterError, match="needs a body with weights to learn"):
+            VBLLRegressor(**BAYESIAN | settings).fit(X, y)
+
+
+def test_hard_data():
+    """Constant targets, more features than rows, collinear features: finite and sensible."""
+    X, y = rows_of(VBLLRegressor)
+    constant = VBLLRegressor(**BAYESIAN).fit(X, np.full(len(X), 7.0))
+    np.testing.assert_allclose(constant.predict(X), 7.0, atol=0.5)
+    wide = np.random.default_rng(0).normal(size=(12, 60))
+    few = VBLLRegressor(**BAYESIAN).fit(wide, y[:12])
+    assert few.predict_distribution(wide).variance.isfinite().all()
+    collinear = np.c_[X, X, np.ones(len(X))]
+    assert np.isfinite(VBLLRegressor(**BAYESIAN).fit(collinear, y).log_score(collinear, y))
 
 
 def test_mixture_of_distributions():

@@ -90,8 +90,8 @@ class IVON(Optimizer):
     one noise), so divide the loss by their number.
 
     Whatever changes gradients (norm clipping) belongs inside the context, after ``backward``.
-    ``GradScaler.step`` may unscale them later; a capture with gradients that overflowed, whose
-    ``step`` it left out, is dropped.
+    ``GradScaler.step`` may unscale them later where a step has one sample (it knows the last one
+    alone); a capture with gradients that overflowed, whose ``step`` it left out, is dropped.
 
     A parameter without gradient counts as having gradient zero: its curvature decays and its
     posterior returns to the prior. Without prior (``weight_decay=0``) it has none: an error.

@@ -40,6 +40,20 @@ from uq.nn.priors import NormalPrior
 _NOISY = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
+def warn_of_noise(name: str, network: nn.Module) -> None:
+    """Warn the caller of ``fit`` of modules that do not fit weights under noise."""
+    noisy = [m for m in network.modules() if isinstance(m, _NOISY) and getattr(m, "p", 1) > 0]
+    found = sorted({type(m).__name__ for m in noisy})
+    if found:
+        warnings.warn(
+            f"{name}: module holds {', '.join(found)}. Batch normalisation collects its statistics "
+            "under noisy weights, and they are wrong at other draws; dropout adds noise that IVON "
+            "takes for curvature. Use GroupNorm or LayerNorm, and no dropout.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 @estimator
 class _IVON(Estimator):
     lr: float = 0.1
@@ -78,7 +92,7 @@ class _IVON(Estimator):
             networks = [self._network()]
         else:
             networks = initial_networks(self, self.n_members, data)
-        self._warn_of_noise(networks[0])
+        warn_of_noise(type(self).__name__, networks[0])
         members: list[NormalPosterior] = []
         for i, network in enumerate(networks):
             try:
@@ -133,19 +147,6 @@ class _IVON(Estimator):
         if diagnosis.noise_share > 0.5 or self.beta2 is not None:
             optimizer.diagnostics()
         return optimizer.posterior(network, data.seeds.predict + i), result
-
-    def _warn_of_noise(self, network: nn.Module) -> None:
-        noisy = [m for m in network.modules() if isinstance(m, _NOISY) and getattr(m, "p", 1) > 0]
-        found = sorted({type(m).__name__ for m in noisy})
-        if found:
-            warnings.warn(
-                f"{type(self).__name__}: module holds {', '.join(found)}. Batch normalisation "
-                "collects its statistics under noisy weights, and they are wrong at other draws; "
-                "dropout adds noise that IVON takes for curvature. Use GroupNorm or LayerNorm, and "
-                "no dropout.",
-                UserWarning,
-                stacklevel=4,
-            )
 
     def _join(
         self, members: list[NormalPosterior], seed: int

@@ -39,6 +39,7 @@ from uq.models.base import (
 )
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
+from uq.models.ivon import warn_of_noise
 from uq.nn.network import probe_outputs
 from uq.nn.priors import NormalPrior
 from uq.nn.vbll import (
@@ -156,6 +157,13 @@ class _VBLL(Estimator):
         self._start(posterior, data)
         objective = _VBLLObjective(posterior, data.n_effective, frozen=frozen)
         if self.features == "bayesian":
+            if not any(p.requires_grad for p in posterior.body.parameters()):
+                raise ParameterError(
+                    f"{type(self).__name__}: features='bayesian' needs a body with weights to "
+                    "learn, but this one has none; use features='trained', or 'frozen' with a "
+                    "module whose weights are to stay."
+                )
+            warn_of_noise(type(self).__name__, posterior.body)
             return self._infer_both(posterior, objective, data)
         groups: list[dict[str, Any]] = [{"params": list(posterior.head.parameters())}]
         body = [p for p in posterior.body.parameters() if p.requires_grad and not frozen]
@@ -196,6 +204,9 @@ class _VBLL(Estimator):
             schedule=cosine_schedule(n_steps),
             extra_state=body.curvature,
         )
+        (diagnosis,) = body.diagnostics(warn=False)
+        if diagnosis.noise_share > 0.5:  # the curvature ran away; as in IVON's own estimators
+            body.diagnostics()
         stds = body.posterior_std()
         named = {name: stds[p] for name, p in posterior.body.named_parameters() if p in stds}
         seed = data.seeds.predict
@@ -256,11 +267,14 @@ prior_scale : float, default=1.0
         Rank of the "lowrank" covariance.
     features : {{"trained", "frozen", "bayesian"}}, default="trained"
         "frozen" keeps the weights of ``module`` and finds the last layer alone: {closed}
-        The prior is scaled to the size of the features, E‖φ‖². "bayesian" learns a posterior over
-        the body's weights, too, by IVON ({only}): a prediction is
-        then the mixture over ``n_samples`` draws of the body, at a forward pass each.
+        In closed form, the prior is scaled to the size of the features, E‖φ‖²; gradient steps take
+        features of size about 1. "bayesian" learns a posterior over the body's weights, too, by
+        IVON with its own prior and rate ({only}): a
+        prediction is then the mixture over ``n_samples`` draws of the body, at a forward pass each.
+        The widths of that posterior take the whole run to learn: after an early stop they are near
+        the initial 0.02, so set ``patience=None``.
     weight_decay : float, default=1e-4
-        Decoupled (AdamW) weight decay of the body; the head's prior is part of its loss."""
+        Decoupled (AdamW) weight decay of a "trained" body; the head's prior is part of its loss."""
 
 
 @documented(
@@ -290,8 +304,8 @@ class VBLLClassifier(_VBLL, Classifier):
     bound : {"jensen", "knowles_minka"}, default="jensen"
         Training bound of the discriminative head: the paper's, or a tighter one.
     n_samples : int, default=64
-        Draws of the last layer that a prediction averages over; the body runs once. The generative
-        head predicts in closed form.
+        Draws of the last layer that a prediction averages over; the body runs once, or for each
+        draw if it is "bayesian". The generative head predicts in closed form.
     {tail}
 
     Attributes
@@ -449,7 +463,8 @@ class VBLLRegressor(_VBLL, Regressor):
         One most probable noise level per target; one that is integrated out, for Student-t
         predictions (matters with few rows); or one that depends on the input.
     n_samples : int, default=64
-        Draws of the noise that heteroscedastic predictions mix; the others are in closed form.
+        Draws of the noise that heteroscedastic predictions mix, or of a "bayesian" body; the other
+        predictions are in closed form.
     {tail}
 
     Attributes

@@ -109,6 +109,11 @@ class BayesianLastLayer(nn.Module, ABC):
         """
         rows = self.expected_nll(features, y)
         if weight is not None:
+            if weight.shape != rows.shape:
+                raise DataError(
+                    f"{type(self).__name__}: weight must have shape {tuple(rows.shape)}, got "
+                    f"{tuple(weight.shape)}."
+                )
             rows = rows * weight
         return rows.mean() + self.regularizer() / (len(rows) if n_rows is None else n_rows)
 

@@ -423,7 +423,9 @@ class VBLLGenerativeClassification(ClassificationLastLayer):
 
     def _expected_nll(self, phi: Tensor, y: Tensor) -> Tensor:
         noise = self.noise_variance()
-        own = ((phi - self.mean[y]).square() + (2 * self.log_diagonal).exp()[y]) / noise
+        # Not self.mean[y]: that takes a label of −1 for the last class.
+        mean, log_std = self.mean.index_select(0, y), self.log_diagonal.index_select(0, y)
+        own = ((phi - mean).square() + (2 * log_std).exp()) / noise
         log_density = -0.5 * (own + noise.log() + math.log(2 * math.pi)).sum(-1)
         counts = self.class_counts + self.concentration
         expected_log = (torch.digamma(counts) - torch.digamma(counts.sum())).to(phi.dtype)
