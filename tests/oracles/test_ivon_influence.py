@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from uq import IVONClassifier, IVONRegressor
-from uq.errors import ParameterError
+from uq.errors import DataError, ParameterError
 from uq.inference import IVON, MixturePosterior, NormalPosterior, leave_one_out, merge
 from uq.nn import MLP, CategoricalLikelihood, Network, NormalLikelihood, NormalPrior
 
@@ -243,6 +243,21 @@ def test_members_are_mixed(noisy, tmp_path):
     loaded = uq.load(tmp_path / "model.uq")
     assert torch.equal(loaded.predict_distribution(X).probs, dist.probs)
     assert np.isfinite(loaded.generalization_nll(X, y))
+
+
+def test_targets_and_weights_are_not_broadcast(noisy):
+    X, y, _ = noisy
+    settings = {"hidden": (4,), "max_epochs": 2, "random_state": 0}
+    two = np.stack([X[:, 0], X[:, 1]], 1)
+    one, both = IVONRegressor(**settings).fit(X, two[:, 0]), IVONRegressor(**settings).fit(X, two)
+    classes = IVONClassifier(**settings).fit(X, y)
+    assert both.sensitivity(X, two).shape == (120,)
+    for model, bad in ((both, two[:, 0]), (both, two[:, :1]), (one, two), (classes, y[:-1])):
+        with pytest.raises(DataError, match="y must have shape"):
+            model.sensitivity(X, bad)
+    for weight in (np.ones(1), np.ones(119), np.full(120, -1.0), np.full(120, np.nan)):
+        with pytest.raises(DataError, match="sample_weight must hold 120"):
+            classes.sensitivity(X, y, weight)
 
 
 def test_the_mean_has_no_epistemic_part(noisy):

@@ -252,11 +252,21 @@ class _IVON(Estimator):
 
     def _left_out(self, X: Any, y: Any, sample_weight: Any) -> list[LeaveOneOut]:
         x, _ = self._posterior_at(X)
-        target = torch.as_tensor(self._encode_targets(self._targets(y))).to(x.device)
-        if len(target) != len(x):
-            raise DataError(f"{type(self).__name__}: y has {len(target)} rows, but X has {len(x)}.")
+        y = self._targets(y)
+        # A column too few would be broadcast over all targets.
+        per_row = () if getattr(self, "y_is_1d_", True) else (len(getattr(self, "y_mean_", ())),)
+        if y.shape != (len(x), *per_row):
+            raise DataError(
+                f"{type(self).__name__}: y must have shape {(len(x), *per_row)}, as X and the "
+                f"targets that were fitted have, got {y.shape}."
+            )
+        target = torch.as_tensor(self._encode_targets(y)).to(x.device)
         target = target.to(x.dtype) if target.is_floating_point() else target
         weight = np.ones(len(x)) if sample_weight is None else np.asarray(sample_weight, float)
+        if weight.shape != (len(x),) or not (np.isfinite(weight) & (weight >= 0)).all():
+            raise DataError(
+                f"{type(self).__name__}: sample_weight must hold {len(x)} finite numbers >= 0."
+            )
         times = torch.as_tensor(weight / self.params_["temperature"])
         posterior = cast("NormalPosterior | MixturePosterior", self.posterior_)
         return [leave_one_out(m, x, target, weight=times) for m in self._members(posterior)]
