@@ -520,6 +520,8 @@ def test_batch_losses_average_to_the_loss_of_all_rows():
     torch.testing.assert_close(head.loss(features, y, N, weight), repeated, rtol=1e-12, atol=0)
     with pytest.raises(DataError, match=rf"weight must have shape \({N},\)"):
         head.loss(features, y, N, weight[:, None])  # would broadcast to (N, N)
+    with pytest.raises(ParameterError, match="n_rows must be > 0"):
+        head.loss(features, y, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """VBLL on frozen features: streaming sums, closed forms and recursive updates, in float64."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -287,6 +289,31 @@ def test_errors_say_what_to_do():
             VBLLRegression(D, covariance=covariance).double().update(features, y)
     with pytest.raises(ParameterError, match="no closed form"):
         post_train(nn.Identity(), VBLLClassification(D, 2), [])
+
+
+@pytest.mark.parametrize("kind", [*LINEAR, VBLLGenerativeClassification])
+def test_bad_weights_and_shapes_leave_everything_as_it_was(kind):
+    features, y = data()
+    generative = kind is VBLLGenerativeClassification
+    target = (y[:, 0] > 0).long() if generative else y
+    head = kind(D, 2 if generative else 1).double()
+    statistics = head.statistics()
+    before = copy.deepcopy((head.state_dict(), vars(statistics)))
+    ones = torch.ones(N).double()
+    for weight in (-ones, ones / 0, 0 * ones / 0, ones[:-1], ones[:, None]):
+        with pytest.raises(DataError, match=f"weight must hold {N} finite"):
+            head.update(features, target, weight)
+        with pytest.raises(DataError, match=f"weight must hold {N} finite"):
+            statistics.add(features, target, weight)
+    if not generative:
+        for bad in (y[:-1], torch.cat([y, y], 1)):
+            with pytest.raises(DataError, match=r"features and y must have shapes"):
+                statistics.add(features, bad)
+    for a, b in zip(before, (head.state_dict(), vars(statistics)), strict=True):
+        assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+    if not generative:  # one target may come without its axis, as in the loss
+        statistics.add(features, y[:, 0])
+        torch.testing.assert_close(statistics.cross[:-1], features.T @ y)
 
 
 # -- any module ----------------------------------------------------------------------------------

@@ -28,7 +28,12 @@ from torch import Tensor, nn
 
 from uq.distributions import NormalMixture, Parametric, Predictive
 from uq.errors import DataError, ParameterError
-from uq.nn.vbll_statistics import ClassStatistics, LinearStatistics, most_probable_noise
+from uq.nn.vbll_statistics import (
+    ClassStatistics,
+    LinearStatistics,
+    check_weight,
+    most_probable_noise,
+)
 from uq.nn.vbll_weights import GaussianWeights, gaussian_weights
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -107,6 +112,8 @@ class BayesianLastLayer(nn.Module, ABC):
         -------
         Tensor, scalar
         """
+        if n_rows is not None and not n_rows > 0:
+            raise ParameterError(f"{type(self).__name__}.loss: n_rows must be > 0, got {n_rows!r}.")
         rows = self.expected_nll(features, y)
         if weight is not None:
             if weight.shape != rows.shape:
@@ -295,6 +302,7 @@ class RegressionLastLayer(BayesianLastLayer):
         targets = self._targets(y, len(phi)).double()
         if not bool(phi.isfinite().all() and targets.isfinite().all()):
             raise DataError(f"{type(self).__name__}.update: features or y hold NaN or infinity.")
+        check_weight(weight, len(phi))
         root_weight = None if weight is None else weight.double().sqrt().unsqueeze(-1)
         misfit = torch.zeros_like(scale, dtype=torch.float64)
         for start in range(0, len(phi), _UPDATE_ROWS):

@@ -69,7 +69,16 @@ class LinearStatistics:
 
     @torch.no_grad()
     def add(self, features: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Add rows: features (n, D), targets (n, K), weights (n,)."""
+        """Add rows: features (n, D), targets (n, K), or (n,) if K is 1, weights (n,)."""
+        d, k = self.cross.shape
+        if y.ndim == 1 and k == 1:
+            y = y.unsqueeze(-1)
+        if features.shape[1:] != (d - 1,) or y.shape != (len(features), k):
+            raise DataError(
+                f"statistics: features and y must have shapes (n, {d - 1}) and (n, {k}), got "
+                f"{tuple(features.shape)} and {tuple(y.shape)}."
+            )
+        check_weight(weight, len(features))
         for start in range(0, len(features), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
             x, targets = features[rows].double(), y[rows].double()
@@ -160,6 +169,7 @@ class ClassStatistics:
     @torch.no_grad()
     def add(self, features: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         """Add rows: features (n, D), class positions (n,), weights (n,)."""
+        check_weight(weight, len(features))
         for start in range(0, len(features), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
             x, classes = features[rows].double(), y[rows]
@@ -176,6 +186,17 @@ class ClassStatistics:
     def check(self) -> None:
         """Raise a DataError if no row was added or a feature was NaN or infinite."""
         _check(self.n_rows, self.sums, self.squares)
+
+
+def check_weight(weight: Tensor | None, n: int) -> None:
+    """Raise a DataError if weights of n rows have another shape, or are not finite and >= 0."""
+    if weight is not None and (
+        weight.shape != (n,) or not bool((weight.isfinite() & (weight >= 0)).all())
+    ):
+        raise DataError(
+            f"weight must hold {n} finite numbers >= 0, in shape ({n},), got shape "
+            f"{tuple(weight.shape)}."
+        )
 
 
 def _check(n_rows: float, *sums: Tensor) -> None:
