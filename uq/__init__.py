@@ -27,6 +27,8 @@ _EXPORTS = {
     "ImplicitVIRegressor": "uq.models.implicit",
     "MAPClassifier": "uq.models.map",
     "MAPRegressor": "uq.models.map",
+    "MaskedBNNClassifier": "uq.models.masked_bnn",
+    "MaskedBNNRegressor": "uq.models.masked_bnn",
     "PartialBNNClassifier": "uq.models.pbnn",
     "PartialBNNRegressor": "uq.models.pbnn",
     "NUTSClassifier": "uq.models.nuts",
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     from uq.models.ivon import IVONRegressor as IVONRegressor
     from uq.models.map import MAPClassifier as MAPClassifier
     from uq.models.map import MAPRegressor as MAPRegressor
+    from uq.models.masked_bnn import MaskedBNNClassifier as MaskedBNNClassifier
+    from uq.models.masked_bnn import MaskedBNNRegressor as MaskedBNNRegressor
     from uq.models.nuts import NUTSClassifier as NUTSClassifier
     from uq.models.nuts import NUTSRegressor as NUTSRegressor
     from uq.models.pyro_models import PyroClassifier as PyroClassifier

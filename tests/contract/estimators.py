@@ -19,6 +19,15 @@ QUICK: dict[str, dict[str, Any]] = {
     # One chain: callbacks then see one Adam run, as with the other methods.
     "nuts": {"n_chains": 1, "n_warmup": 4, "n_draws": 8, "max_tree_depth": 3},
     "pbnn": {"n_particles": 100, "move_var": 1e-3},
+    # One chain, as for NUTS.
+    "masked": {
+        "n_chains": 1,
+        "n_warmup": 4,
+        "n_draws": 8,
+        "thin": 1,
+        "n_leapfrog": 3,
+        "n_mask_moves": 1,
+    },
     "gp": {"hidden": (), "n_inducing": 16},
     "ensemble": {"n_members": 2},
     "implicit": {"n_samples": 8, "noise_dim": 4, "width": 4, "mc_samples": 1},
@@ -31,7 +40,7 @@ SINGLE = {"map", "sdm"}
 # Methods in which nothing is drawn.
 SEEDLESS = {("gp", "regression")}
 # Methods that learn one level of noise.
-CONSTANT_NOISE = {"gp"}
+CONSTANT_NOISE = {"gp", "masked"}
 CASES = [(method, task) for method, m in METHODS.items() for task in m.tasks]
 CLASSIFIERS = [c for c in CASES if c[1] == "classification"]
 REGRESSORS = [c for c in CASES if c[1] == "regression"]

@@ -19,6 +19,9 @@ from uq.inference.implicit_vi import (
 from uq.inference.ivon import IVON
 from uq.inference.ivon_influence import LeaveOneOut, leave_one_out
 from uq.inference.ivon_merging import merge
+from uq.inference.masked_bnn import MaskedBNN, MaskedMoves, MaskedState
+from uq.inference.masked_bnn_moves import WidthPrior, width_penalty
+from uq.inference.masked_bnn_runs import MaskedBNNKernel, SamplerWarning, sample_masked
 from uq.inference.pbnn import OHSMC, SGSMC, PartialPosterior
 from uq.inference.pbnn_network import ParticleNetwork, stochastic_names
 from uq.inference.posterior import (
@@ -62,6 +65,10 @@ __all__ = [
     "ImplicitWeights",
     "LastLayerPosterior",
     "LeaveOneOut",
+    "MaskedBNN",
+    "MaskedBNNKernel",
+    "MaskedMoves",
+    "MaskedState",
     "Matches",
     "MixturePosterior",
     "NormalPosterior",
@@ -74,9 +81,11 @@ __all__ = [
     "SDMPosterior",
     "SMCResult",
     "SMCSampler",
+    "SamplerWarning",
     "SparseNormalGuide",
     "SparsePosterior",
     "TrainingState",
+    "WidthPrior",
     "account",
     "distance_cdfs",
     "distance_quantile",
@@ -95,9 +104,11 @@ __all__ = [
     "removal_score",
     "resample",
     "rescaled_similarity",
+    "sample_masked",
     "smallest_singular_value",
     "smallest_value_entropy",
     "stochastic_names",
     "to_abnn",
     "train",
+    "width_penalty",
 ]

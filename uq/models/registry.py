@@ -109,6 +109,14 @@ METHODS: dict[str, Method] = {
         "any network without BatchNorm; a layer of some 100 weights to be Bayesian",
         "Zhao et al., AISTATS 2024, arXiv 2310.19608",
     ),
+    "masked": Method(
+        "MaskedBNN",
+        "uq.models.masked_bnn",
+        _BOTH,
+        "thousands of gradients of all rows; hundreds of passes of small networks to predict",
+        "a small network, some thousand rows; samples its width, too",
+        "Kong et al., ICML 2023, arXiv 2305.14765",
+    ),
     "gp": Method(
         "GP",
         "uq.models.gp",

@@ -1,0 +1,311 @@
+"""Runs of the sampler of masked Bayesian networks: warm-up, thinning, and as a Pyro kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+
+from uq.inference.masked_bnn import (
+    MaskedBNN,
+    MaskedMoves,
+    MaskedState,
+    Moved,
+    first_step_size,
+    transition,
+)
+from uq.inference.masked_bnn_moves import StepSize
+from uq.inference.training import warn_interrupted
+
+
+class SamplerWarning(UserWarning):
+    """A Markov chain cannot be trusted; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class MaskedRun:
+    """What a sampler drew after warm-up; axes are (chains, draws, …)."""
+
+    parameters: dict[str, Tensor]
+    """Weights of the compacted networks by name, padded by zeros to the widest draw."""
+    masks: Tensor
+    variance: Tensor | None
+    sample_stats: dict[str, np.ndarray]
+    """"lp", "log_likelihood", "acceptance_rate", "mask_acceptance_rate", "diverging", "step_size",
+    "n_steps": means or counts over the transitions between two draws, or values at the draw."""
+    widths: np.ndarray
+    """Active nodes of each masked layer, (chains, draws, L)."""
+    trace: dict[str, np.ndarray]
+    """Of every transition, warm-up included."""
+    interrupted: bool
+
+
+@dataclass
+class _Kept:
+    """Draws and statistics while a run goes on."""
+
+    parameters: list[dict[str, Tensor]] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    variances: list[Tensor] = field(default_factory=list)
+    joint: list[Tensor] = field(default_factory=list)
+    moved: list[Moved] = field(default_factory=list)
+    widths: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+
+    def keep(self, model: MaskedBNN, state: MaskedState, log_likelihood: Tensor) -> None:
+        self.parameters.append(model.network.compacted(state.weights, state.masks))
+        self.masks.append(state.masks)
+        if state.variance is not None:
+            self.variances.append(state.variance)
+        self.joint.append(model.log_joint(state, log_likelihood))
+
+    def run(self, first: int, thin: int, n_leapfrog: int, interrupted: bool) -> MaskedRun:
+        def table(parts: list[Tensor]) -> np.ndarray:
+            return torch.stack(parts, 1).cpu().numpy()
+
+        trace = {
+            "acceptance_rate": table([m.acceptance for m in self.moved]),
+            "mask_acceptance_rate": table([m.mask_acceptance for m in self.moved]),
+            "diverging": table([m.diverged for m in self.moved]),
+            "log_likelihood": table([m.log_likelihood for m in self.moved]),
+            "step_size": table(self.steps),
+            "width": table(self.widths),
+        }
+        n = len(self.joint)
+
+        def by_draw(name: str) -> np.ndarray:
+            values = trace[name][:, first : first + n * thin]
+            return values.reshape(len(values), n, -1)
+
+        shape = (len(self.joint[0]), n)
+        stats = {
+            "lp": table(self.joint),
+            "log_likelihood": by_draw("log_likelihood")[:, :, -1],
+            "acceptance_rate": by_draw("acceptance_rate").mean(-1),
+            "mask_acceptance_rate": by_draw("mask_acceptance_rate").mean(-1),
+            "diverging": by_draw("diverging").any(-1),
+            "step_size": by_draw("step_size")[:, :, -1],
+            "n_steps": np.full(shape, by_draw("step_size").shape[-1] * n_leapfrog),
+        }
+        widths = trace["width"][:, first + thin - 1 : first + n * thin : thin]
+        variance = torch.stack(self.variances, 1) if self.variances else None
+        parameters = _stacked(self.parameters)
+        return MaskedRun(
+            parameters, torch.stack(self.masks, 1), variance, stats, widths, trace, interrupted
+        )
+
+
+def _stacked(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Draws (C, …) of several widths as one tensor (C, draws, …), padded by zeros."""
+    stacked = {}
+    for name in draws[0]:
+        parts = [draw[name] for draw in draws]
+        shape = [max(sides) for sides in zip(*(p.shape for p in parts), strict=True)]
+        out = parts[0].new_zeros(shape[0], len(parts), *shape[1:])
+        for i, part in enumerate(parts):
+            out[:, i][tuple(slice(side) for side in part.shape)] = part
+        stacked[name] = out
+    return stacked
+
+
+def sample_masked(
+    model: MaskedBNN,
+    state: MaskedState,
+    *,
+    moves: MaskedMoves | None = None,
+    n_warmup: int = 500,
+    n_draws: int = 100,
+    thin: int = 5,
+    target_accept: float = 0.7,
+    generator: torch.Generator,
+    verbose: int = 0,
+    description: str = "MaskedBNN",
+) -> MaskedRun:
+    """Run the chains of ``state`` as one batch.
+
+    Parameters
+    ----------
+    model : MaskedBNN
+        The posterior.
+    state : MaskedState
+        Where the chains start.
+    moves : MaskedMoves, optional
+        Settings of a transition.
+    n_warmup : int, default=500
+        Transitions that adapt the step size, thrown away. Adaptation begins anew halfway, where
+        the widths have settled.
+    n_draws : int, default=100
+        Draws of each chain.
+    thin : int, default=5
+        Transitions for each draw.
+    target_accept : float, default=0.7
+        Acceptance probability of a trajectory that the step size is adapted to.
+    generator : torch.Generator
+        Source of everything random, on the device of the model.
+    verbose : int, default=0
+        1 shows a progress bar.
+    description : str
+        Name on the progress bar and in messages.
+
+    Returns
+    -------
+    MaskedRun
+        After an interrupt, the draws so far, or where warm-up had not ended, the current states.
+
+    Raises
+    ------
+    NonFiniteLossError
+        If the log density is not finite where a chain starts.
+    """
+    from tqdm.auto import tqdm
+
+    moves = moves or MaskedMoves()
+    step = first_step_size(model, state, generator)
+    adapt = StepSize(step, target_accept)
+    kept = _Kept()
+    total, interrupted = n_warmup + n_draws * thin, False
+    progress = tqdm(total=total, desc=description, unit="transition", disable=verbose < 1)
+    try:
+        for i in range(total):
+            if i == n_warmup // 2 and i:
+                adapt.restart(adapt.final())
+            if i == n_warmup:
+                step = adapt.final()
+            state, moved = transition(model, state, step, moves, generator)
+            kept.moved.append(moved)
+            kept.steps.append(step)
+            kept.widths.append(model.width_prior.widths(state.masks))
+            if i < n_warmup:
+                step = adapt.update(moved.acceptance)
+            elif (i + 1 - n_warmup) % thin == 0:
+                kept.keep(model, state, moved.log_likelihood)
+            progress.update()
+    except KeyboardInterrupt:
+        interrupted = True
+        done = min(len(kept.moved), len(kept.steps), len(kept.widths))
+        if not done:
+            raise
+        for part in (kept.moved, kept.steps, kept.widths):
+            del part[done:]
+        n = min(len(kept.joint), len(kept.masks), len(kept.parameters))
+        warn_interrupted(
+            f"{description}, after {done} of {total} transitions",
+            f"the {n} draws of each chain so far are kept"
+            if n
+            else "no draw was due yet, so the states that the chains had reached are kept",
+        )
+        if not n:
+            kept = replace(kept, parameters=[], masks=[], variances=[], joint=[])
+            kept.keep(model, state, kept.moved[-1].log_likelihood)
+            return kept.run(done - 1, 1, moves.n_leapfrog, True)
+        for values in (kept.parameters, kept.masks, kept.variances, kept.joint):
+            del values[n:]
+    finally:
+        progress.close()
+    return kept.run(n_warmup, thin, moves.n_leapfrog, interrupted)
+
+
+class MaskedBNNKernel(MCMCKernel):
+    """The sampler as a kernel of :class:`pyro.infer.MCMC`.
+
+    Its sites "weights" (C, D), "masks" (C, M) and, in regression, "variance" (C, K) hold all chains
+    of ``state``: leave ``num_chains`` of Pyro at 1.
+
+    Parameters
+    ----------
+    model : MaskedBNN
+        The posterior.
+    state : MaskedState
+        Where the chains start.
+    moves : MaskedMoves, optional
+        Settings of a transition.
+    target_accept : float, default=0.7
+        Acceptance probability that warm-up adapts the step size to.
+    generator : torch.Generator
+        Source of everything random.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyro.infer import MCMC
+    >>> from uq.inference import MaskedBNN, MaskedBNNKernel, WidthPrior
+    >>> from uq.nn.masked_bnn import MaskedMLP
+    >>> g = torch.Generator().manual_seed(0)
+    >>> x = torch.linspace(-1, 1, 20)[:, None]
+    >>> model = MaskedBNN(MaskedMLP((1, 8, 1)), x, x.square(), WidthPrior([8], [0.1], [1]))
+    >>> kernel = MaskedBNNKernel(model, model.draw_state(4, g), generator=g)
+    >>> mcmc = MCMC(kernel, num_samples=10, warmup_steps=10, disable_progbar=True)
+    >>> mcmc.run()
+    >>> mcmc.get_samples()["masks"].shape
+    torch.Size([10, 4, 8])
+    """
+
+    def __init__(
+        self,
+        model: MaskedBNN,
+        state: MaskedState,
+        *,
+        moves: MaskedMoves | None = None,
+        target_accept: float = 0.7,
+        generator: torch.Generator,
+    ) -> None:
+        self.target = model
+        self.start = state
+        self.moves = moves or MaskedMoves()
+        self.target_accept = target_accept
+        self.generator = generator
+        self.model = None  # of a Pyro function there is none
+        self.transforms: dict[str, Any] = {}
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Find first step sizes."""
+        self.n_warmup, self.t = warmup_steps, 0
+        self.step = first_step_size(self.target, self.start, self.generator)
+        self.adapt = StepSize(self.step, self.target_accept)
+        self.moved: list[Moved] = []
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """Sites of the state that the chains start from."""
+        state = self.start
+        sites = {"weights": state.weights, "masks": state.masks}
+        return sites if state.variance is None else sites | {"variance": state.variance}
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self.start = MaskedState(params["weights"], params["masks"], params.get("variance"))
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One transition of all chains."""
+        state = MaskedState(params["weights"], params["masks"], params.get("variance"))
+        if self.t == self.n_warmup // 2 and self.t:
+            self.adapt.restart(self.adapt.final())
+        state, moved = transition(self.target, state, self.step, self.moves, self.generator)
+        self.t += 1
+        if self.t <= self.n_warmup:
+            self.step = self.adapt.update(moved.acceptance)
+            if self.t == self.n_warmup:
+                self.step = self.adapt.final()
+        else:
+            self.moved.append(moved)
+        new = {"weights": state.weights, "masks": state.masks}
+        return new if state.variance is None else new | {"variance": state.variance}
+
+    def logging(self) -> dict[str, str]:
+        """Step size and acceptance on the progress bar."""
+        rate = f"{float(self.moved[-1].acceptance.mean()):.2f}" if self.moved else "-"
+        return {"step size": f"{float(self.step.mean()):.2e}", "acc. prob": rate}
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Acceptance rates and divergences of each chain after warm-up."""
+        if not self.moved:
+            return {}
+        return {
+            "acceptance rate": torch.stack([m.acceptance for m in self.moved]).mean(0),
+            "mask acceptance rate": torch.stack([m.mask_acceptance for m in self.moved]).mean(0),
+            "divergences": torch.stack([m.diverged for m in self.moved]).sum(0),
+        }
