@@ -43,9 +43,15 @@ Loss = Literal["edl", "edl_nll", "edl_ce", "iedl", "redl"]
 LOSSES: tuple[str, ...] = get_args(Loss)
 # exp(15) keeps S² and its gradient far inside float32.
 _MAX_LOGIT = 15.0
+
+
+def _capped_exp(t: Tensor) -> Tensor:
+    return t.clamp(max=_MAX_LOGIT).exp()
+
+
 EVIDENCE: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
-    "exp": lambda t: t.clamp(max=_MAX_LOGIT).exp(),
+    "exp": _capped_exp,
     "relu": F.relu,
 }
 
