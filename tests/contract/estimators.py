@@ -15,6 +15,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "ssvi": {"n_samples": 8, "density": 0.5},
     "sdm": {},
     "evidential": {},
+    "etp": {"memory_size": 4},
     "abnn": {"base_epochs": 30, "base_lr": 0.02, "n_members": 1, "n_samples": 4},
     # One chain: callbacks then see one Adam run, as with the other methods.
     "nuts": {"n_chains": 1, "n_warmup": 4, "n_draws": 8, "max_tree_depth": 3},
@@ -41,6 +42,8 @@ SINGLE = {"map", "sdm"}
 SEEDLESS = {("gp", "regression")}
 # Methods that learn one level of noise.
 CONSTANT_NOISE = {"gp", "masked"}
+# Minutes rather than seconds on a thousand rows: posteriors of small data.
+SAMPLERS = {"nuts", "masked"}
 CASES = [(method, task) for method, m in METHODS.items() for task in m.tasks]
 CLASSIFIERS = [c for c in CASES if c[1] == "classification"]
 REGRESSORS = [c for c in CASES if c[1] == "regression"]
