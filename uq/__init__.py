@@ -15,6 +15,7 @@ _EXPORTS = {
     "ABNNRegressor": "uq.models.abnn",
     "Calibrated": "uq.models.calibrated",
     "Conformal": "uq.models.conformal",
+    "ETPClassifier": "uq.models.etp",
     "EnsembleClassifier": "uq.models.ensemble",
     "EnsembleRegressor": "uq.models.ensemble",
     "EvidentialClassifier": "uq.models.evidential",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from uq.models.conformal import Conformal as Conformal
     from uq.models.ensemble import EnsembleClassifier as EnsembleClassifier
     from uq.models.ensemble import EnsembleRegressor as EnsembleRegressor
+    from uq.models.etp import ETPClassifier as ETPClassifier
     from uq.models.evidential import EvidentialClassifier as EvidentialClassifier
     from uq.models.evidential import EvidentialRegressor as EvidentialRegressor
     from uq.models.gp import GPClassifier as GPClassifier
@@ -78,10 +80,10 @@ if TYPE_CHECKING:
     from uq.models.masked_bnn import MaskedBNNRegressor as MaskedBNNRegressor
     from uq.models.nuts import NUTSClassifier as NUTSClassifier
     from uq.models.nuts import NUTSRegressor as NUTSRegressor
-    from uq.models.pyro_models import PyroClassifier as PyroClassifier
-    from uq.models.pyro_models import PyroRegressor as PyroRegressor
     from uq.models.pbnn import PartialBNNClassifier as PartialBNNClassifier
     from uq.models.pbnn import PartialBNNRegressor as PartialBNNRegressor
+    from uq.models.pyro_models import PyroClassifier as PyroClassifier
+    from uq.models.pyro_models import PyroRegressor as PyroRegressor
     from uq.models.registry import methods as methods
     from uq.models.sdm import SDMClassifier as SDMClassifier
     from uq.models.ssvi import SSVIClassifier as SSVIClassifier

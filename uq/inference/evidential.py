@@ -21,7 +21,8 @@ class EvidentialPosterior(Posterior):
     network : Module
         Maps inputs to the outputs that ``head`` reads.
     head : Module
-        :class:`uq.nn.DirichletHead` or :class:`uq.nn.NormalInverseGammaHead`.
+        :class:`uq.nn.DirichletHead`, :class:`uq.nn.ETPHead` or
+        :class:`uq.nn.NormalInverseGammaHead`.
     seed : int, default=0
         Seed of :meth:`functions`.
     """
@@ -39,12 +40,14 @@ class EvidentialPosterior(Posterior):
 
     def forward(self, x: Tensor, n_samples: int = 1) -> Predictive:
         """Predictive distribution at the rows of ``x``; there is nothing to sample."""
-        dist: Predictive = self.head.predictive(self.outputs(x))
+        with torch.no_grad():
+            dist: Predictive = self.head.predictive(self.outputs(x))
         return dist.cpu()
 
     def functions(self, x: Tensor, n: int) -> Tensor:
         """Draw probabilities or means; see :meth:`uq.inference.Posterior.functions`."""
         # Heads draw on the CPU: the same functions on every device.
         generator = self.generator(torch.device("cpu"))
-        values: Tensor = self.head.functions(self.outputs(x), n, generator)
+        with torch.no_grad():
+            values: Tensor = self.head.functions(self.outputs(x), n, generator)
         return values

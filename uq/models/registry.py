@@ -77,6 +77,14 @@ METHODS: dict[str, Method] = {
         "any network; ranks rows, amounts of epistemic uncertainty mean little",
         "Deng et al., ICML 2023, arXiv 2303.02045; Amini et al., NeurIPS 2020, arXiv 1910.02600",
     ),
+    "etp": Method(
+        "ETP",
+        "uq.models.etp",
+        ("classification",),
+        "1 network; 1 forward pass to predict",
+        "any network; Linear layers become variational",
+        "Kandemir et al., ICLR 2022, arXiv 2106.01216",
+    ),
     "implicit": Method(
         "ImplicitVI",
         "uq.models.implicit",

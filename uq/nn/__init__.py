@@ -3,6 +3,7 @@
 from uq.nn.abnn import BayesianNorm, bayesian_norm, without_noise
 from uq.nn.bayesian import BayesianNetwork
 from uq.nn.bodies import MLP, ConvNet
+from uq.nn.etp import ETPHead, VariationalLinear, dirichlet_kl, variational
 from uq.nn.evidential import DirichletHead, evidential_loss
 from uq.nn.evidential_functions import fisher_log_det
 from uq.nn.evidential_regression import NormalInverseGammaHead, nig_kl, nig_nll
@@ -33,6 +34,7 @@ __all__ = [
     "ClassStatistics",
     "ConvNet",
     "DirichletHead",
+    "ETPHead",
     "ExemplarAdaptor",
     "FeatureNetwork",
     "Likelihood",
@@ -52,11 +54,14 @@ __all__ = [
     "VBLLHeteroscedasticRegression",
     "VBLLRegression",
     "VBLLStudentTRegression",
+    "VariationalLinear",
     "WeightLayout",
     "bayesian_norm",
+    "dirichlet_kl",
     "evidential_loss",
     "fisher_log_det",
     "nig_kl",
     "nig_nll",
+    "variational",
     "without_noise",
 ]
