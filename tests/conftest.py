@@ -11,7 +11,9 @@ torch.set_num_threads(1)
 # NUTS is compiled for each shape of network and data: without optimisation that takes a second or
 # two rather than ten.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_multi_thread_eigen=false",
 )
 
 
