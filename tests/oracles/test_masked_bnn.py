@@ -1,5 +1,6 @@
 """Masked networks: the mask chain by enumeration, reversibility, joint tests, exact posteriors."""
 
+import functools
 import itertools
 import math
 
@@ -116,23 +117,32 @@ def test_sets_are_drawn_with_their_probability():
 SIZES = [4, 4]
 
 
+@functools.cache
+def flips(n_max):
+    """All flips of 1 to n_max nodes on all 256 states: state, direction, size, nodes."""
+    masks = list(itertools.product([0, 1], repeat=8))
+    moves = [
+        (i, birth, list(members))
+        for i, mask in enumerate(masks)
+        for birth in (False, True)
+        for n in range(1, n_max + 1)
+        for members in itertools.combinations([j for j in range(8) if mask[j] != birth], n)
+    ]
+    # Behind the set stand other nodes, which are not to be looked at.
+    filled = [(m + [j for j in range(8) if j not in m])[:n_max] for _, _, m in moves]
+    return (
+        torch.tensor([m[0] for m in moves]),
+        torch.tensor([m[1] for m in moves]),
+        torch.tensor([len(m[2]) for m in moves]),
+        torch.tensor(filled),
+    )
+
+
 def transition_matrix(kinds, n_max, prior, value, gradient, correct=True):
     """All 256 states: P(m → m′) = ½ 1/N_max Q(I) min(1, r), summed over what leads there."""
     masks = all_masks(8)
     code = 2 ** torch.arange(7, -1, -1)
-    moves = [
-        (i, birth, [j for j in range(8) if members[j]])
-        for i in range(256)
-        for birth in (False, True)
-        for members in itertools.product([0, 1], repeat=8)
-        if 1 <= sum(members) <= n_max
-        and all((masks[i, j] == 0) == birth for j in range(8) if members[j])
-    ]
-    start = torch.tensor([m[0] for m in moves])
-    birth = torch.tensor([m[1] for m in moves])
-    count = torch.tensor([len(m[2]) for m in moves])
-    filled = [(m[2] + [j for j in range(8) if j not in m[2]])[:n_max] for m in moves]
-    chosen = torch.tensor(filled)
+    start, birth, count, chosen = flips(n_max)
     now = masks[start]
     new = flipped(now, chosen, count)
     end = (new.long() * code).sum(1)

@@ -130,6 +130,13 @@ class _MaskedBNN(ChainDiagnostics, PointEstimator):
             networks = [self._network()]
         else:
             networks = initial_networks(self, self.n_chains, data)
+            # Frozen weights are those of the module, one set for all chains.
+            given = self._network() if isinstance(self.module, nn.Module) else networks[0]
+            for network in networks:
+                own = dict(network.named_parameters())
+                for k, p in given.named_parameters():
+                    if not p.requires_grad:
+                        own[k].data.copy_(p)
         kept: list[Network] = []
         for network in networks:
             result = self._fit_network(network, data)
