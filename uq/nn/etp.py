@@ -56,10 +56,17 @@ def dirichlet_kl(alpha: Tensor, beta: Tensor) -> Tensor:
     >>> dirichlet_kl(torch.tensor([3.0, 1.0, 1.0]), torch.ones(3))
     tensor(0.6251)
     """
-    s, s_beta = alpha.sum(-1), beta.sum(-1)
-    of_totals = torch.lgamma(s) - torch.lgamma(s_beta)
-    gap = torch.digamma(alpha) - torch.digamma(s)[..., None]
-    of_classes = torch.lgamma(beta) - torch.lgamma(alpha) + (alpha - beta) * gap
+    return _kl(alpha, beta, _expected_log(alpha))
+
+
+def _expected_log(alpha: Tensor) -> Tensor:
+    """E log π_k of Dir(α), the same shape as α."""
+    return torch.digamma(alpha) - torch.digamma(alpha.sum(-1, keepdim=True))
+
+
+def _kl(alpha: Tensor, beta: Tensor, expected_log: Tensor) -> Tensor:
+    of_totals = torch.lgamma(alpha.sum(-1)) - torch.lgamma(beta.sum(-1))
+    of_classes = torch.lgamma(beta) - torch.lgamma(alpha) + (alpha - beta) * expected_log
     return of_totals + of_classes.sum(-1)
 
 
@@ -161,10 +168,10 @@ class ETPHead(DirichletHead):
             outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
             f, a = self.log_concentrations(outputs, self.read())
             alpha, beta = f.double().exp(), a.double().exp()
-            alpha_y = alpha.gather(1, y[:, None]).squeeze(1)
-            rows = torch.digamma(alpha.sum(1)) - torch.digamma(alpha_y)
+            expected_log = _expected_log(alpha)
+            rows = -expected_log.gather(1, y[:, None]).squeeze(1)
             weight = self.kl_weight if kl_weight is None else kl_weight
-            return (rows + weight * dirichlet_kl(alpha, beta)).to(outputs.dtype)
+            return (rows + weight * _kl(alpha, beta, expected_log)).to(outputs.dtype)
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Negative log predictive probability of each row, without noise on the memory."""
