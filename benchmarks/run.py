@@ -28,6 +28,7 @@ SUITES = (
     "smc",
     "ssvi",
     "implicit",
+    "masked",
 )
 RESULTS = Path(__file__).parent / "results"
 
