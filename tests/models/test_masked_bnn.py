@@ -167,6 +167,16 @@ def test_interrupted_sampling_keeps_the_draws_so_far(monkeypatch, after, draws):
     assert np.isfinite(model.log_score(X, y))
 
 
+def test_an_interrupt_before_the_first_transition_keeps_the_starts(monkeypatch):
+    X, y = ramp()
+    interrupt_after(monkeypatch, 0)
+    with pytest.warns(FitInterruptedWarning, match="before sampling: interrupted; the starts"):
+        model = MaskedBNNRegressor(**QUICK).fit(X, y)
+    assert model.stop_reason_ == "interrupted"
+    assert model.widths_.tolist() == [[[8, 6]], [[8, 6]]]
+    assert np.isfinite(model.log_score(X, y))
+
+
 def test_divergent_trajectories_are_said(monkeypatch):
     X, y = ramp()
 

@@ -23,7 +23,7 @@ from uq.inference.masked_bnn import PRIORS, MaskedBNN, MaskedMoves, MaskedState
 from uq.inference.masked_bnn_moves import PROPOSALS, WidthPrior, width_penalty
 from uq.inference.masked_bnn_runs import MaskedRun, SamplerWarning, sample_masked
 from uq.inference.posterior import DrawsPosterior
-from uq.inference.training import TrainingResult
+from uq.inference.training import TrainingResult, warn_interrupted
 from uq.models.base import Classifier, Regressor, TrainingData, estimator
 from uq.models.chains import ChainDiagnostics
 from uq.models.checks import check_choice, check_number
@@ -118,7 +118,12 @@ class _MaskedBNN(ChainDiagnostics, PointEstimator):
         if result.error is not None or result.stop_reason == "interrupted":
             # What was learned; there was no time to sample.
             return DrawsPosterior.stack(networks, data.seeds.predict), result
-        run = self._sample(networks, data)
+        try:
+            run = self._sample(networks, data)
+        except KeyboardInterrupt:
+            warn_interrupted(f"{type(self).__name__}, before sampling", "the starts are kept")
+            result.stop_reason = "interrupted"
+            return DrawsPosterior.stack(networks, data.seeds.predict), result
         if run.interrupted:
             result.stop_reason = "interrupted"
         self._read(run)
