@@ -19,7 +19,8 @@ from uq.inference.masked_bnn import (
     transition,
 )
 from uq.inference.masked_bnn_moves import StepSize
-from uq.inference.training import warn_interrupted
+from uq.inference.training import _ONE_THREAD_FLOPS, _own_threads, warn_interrupted
+from uq.nn.masked_bnn import MaskedMLP
 
 
 class SamplerWarning(UserWarning):
@@ -112,6 +113,13 @@ def _stacked(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return stacked
 
 
+def _is_small(model: MaskedBNN, state: MaskedState) -> bool:
+    """Whether a gradient is too small for two threads to share."""
+    flops = 6 * len(model.x) * state.weights.numel()
+    dense = isinstance(model.network, MaskedMLP)  # convolutions use a weight many times
+    return dense and state.weights.device.type == "cpu" and flops < _ONE_THREAD_FLOPS
+
+
 def sample_masked(
     model: MaskedBNN,
     state: MaskedState,
@@ -170,20 +178,23 @@ def sample_masked(
     total, interrupted = n_warmup + n_draws * thin, False
     progress = tqdm(total=total, desc=description, unit="transition", disable=verbose < 1)
     try:
-        for i in range(total):
-            if i == n_warmup // 2 and i:
-                adapt.restart(adapt.final())
-            if i == n_warmup:
-                step = adapt.final()
-            state, moved = transition(model, state, step, moves, generator)
-            kept.moved.append(moved)
-            kept.steps.append(step)
-            kept.widths.append(model.width_prior.widths(state.masks))
-            if i < n_warmup:
-                step = adapt.update(moved.acceptance)
-            elif (i + 1 - n_warmup) % thin == 0:
-                kept.keep(model, state, moved.log_likelihood)
-            progress.update()
+        with _own_threads() as use_threads:
+            if _is_small(model, state):
+                use_threads(1)
+            for i in range(total):
+                if i == n_warmup // 2 and i:
+                    adapt.restart(adapt.final())
+                if i == n_warmup:
+                    step = adapt.final()
+                state, moved = transition(model, state, step, moves, generator)
+                kept.moved.append(moved)
+                kept.steps.append(step)
+                kept.widths.append(model.width_prior.widths(state.masks))
+                if i < n_warmup:
+                    step = adapt.update(moved.acceptance)
+                elif (i + 1 - n_warmup) % thin == 0:
+                    kept.keep(model, state, moved.log_likelihood)
+                progress.update()
     except KeyboardInterrupt:
         interrupted = True
         done = min(len(kept.moved), len(kept.steps), len(kept.widths))
