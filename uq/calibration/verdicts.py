@@ -78,13 +78,17 @@ def group_findings(tests: Sequence[GroupTest]) -> list[str]:
     several = len({test.method for test in tests}) > 1
     found = [
         f"{f'{t.method}, ' if several else ''}{t.group}: {t.seen} "
-        f"(p = {min(1.0, t.p_value * n):.2g}, corrected for {n} tests)."
+        f"(p {_p(min(1.0, t.p_value * n))}, corrected for {n} tests)."
         for t in tests
         if t.p_value * n <= RISK
     ]
     if tests and not found:
         return [f"No group's calibration is off beyond chance ({n} tests)."]
     return found
+
+
+def _p(value: float) -> str:
+    return "< 1e-15" if value < 1e-15 else f"= {value:.2g}"
 
 
 # -- classification ----------------------------------------------------------------------------
@@ -111,7 +115,7 @@ def _confidence(rows: ClassificationRows, found: Mapping[str, Estimate]) -> str:
     if p_value < RISK:
         return (
             f"Confidence is right on average ({numbers}), but not at every level: {tested} "
-            f"(p = {p_value:.2g})."
+            f"(p {_p(p_value)})."
         )
     few = f", but {_few(len(p))}" if len(p) < _FEW else ""
     matches = "Confidence matches accuracy" if not few else "Nothing against the confidence"
