@@ -35,7 +35,7 @@ Row = dict[str, Any]
 DATA = Path(os.environ.get("UQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PARTIAL = Path(__file__).parent / "results" / "uci_regression.partial.jsonl"
 # Splits of each set; power has 9,568 rows.
-SETS = {"boston": 10, "concrete": 10, "energy": 10, "wine_red": 10, "yacht": 10, "power": 5}
+SETS = {"boston": 7, "concrete": 7, "energy": 7, "wine_red": 7, "yacht": 7, "power": 5}
 SETTINGS: dict[str, Any] = {"hidden": (50, 50), "batch_size": 64, "device": "cpu"}
 N_STEPS = 10_000
 
