@@ -6,6 +6,8 @@ shared words do not do it, is said here.
 
 from typing import Any
 
+import pytest
+
 from uq.models.registry import METHODS, estimator_class
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -47,6 +49,9 @@ SAMPLERS = {"nuts", "masked"}
 CASES = [(method, task) for method, m in METHODS.items() for task in m.tasks]
 CLASSIFIERS = [c for c in CASES if c[1] == "classification"]
 REGRESSORS = [c for c in CASES if c[1] == "regression"]
+
+# For tests that compile samplers anew for each shape of network, which takes half a minute each.
+COMPILED = [pytest.param(*c, marks=pytest.mark.slow) if c[0] == "nuts" else c for c in CASES]
 
 
 def make(method: str, task: str, **changes: Any) -> Any:

@@ -24,6 +24,7 @@ import uq
 from tests.contract.estimators import (
     CASES,
     CLASSIFIERS,
+    COMPILED,
     CONSTANT_NOISE,
     FEATURES,
     REGRESSORS,
@@ -33,6 +34,7 @@ from tests.contract.estimators import (
 )
 
 every = pytest.mark.parametrize(("method", "task"), CASES)
+every_compiled = pytest.mark.parametrize(("method", "task"), COMPILED)
 classifier = pytest.mark.parametrize(("method", "task"), CLASSIFIERS)
 regressor = pytest.mark.parametrize(("method", "task"), REGRESSORS)
 
@@ -179,7 +181,7 @@ def test_save_load_pickle_and_copy_keep_every_bit(method, task, tmp_path):
     np.testing.assert_array_equal(output(loaded.fit(frame, y), frame), expected)
 
 
-@every
+@every_compiled
 def test_module_factory_and_module_instance(method, task, tmp_path):
     X, y = data(task)
     X = (X - X.mean(0)) / X.std(0)
@@ -213,7 +215,7 @@ def test_module_factory_and_module_instance(method, task, tmp_path):
 
 # On 40 images of noise there may be no class that SDM can tell apart.
 @pytest.mark.filterwarnings("ignore:SDMClassifier. no calibration row:UserWarning")
-@every
+@every_compiled
 def test_images(method, task):
     X = np.random.default_rng(0).normal(size=(40, 8, 8)).astype(np.float32)
     y = np.arange(40) % 3 if task == "classification" else X.mean((1, 2))
