@@ -225,6 +225,7 @@ def move_weights(
     step: Tensor,
     moves: MaskedMoves,
     generator: torch.Generator,
+    scale: Tensor | None = None,
 ) -> tuple[MaskedState, Tensor, Tensor]:
     """HMC on the weights that matter, fresh prior draws for the others, given the masks.
 
@@ -237,6 +238,8 @@ def move_weights(
     """
     part = model.network.restrict(state.masks)
     density = log_density(model, part, model.pull(state.variance))
+    if scale is not None:
+        step = step[:, None] * part.weights(scale)
     moved, acceptance, diverged = hmc(
         part.weights(state.weights), density, step, moves.n_leapfrog, generator, part.active
     )
@@ -319,6 +322,7 @@ def transition(
     step: Tensor,
     moves: MaskedMoves,
     generator: torch.Generator,
+    scale: Tensor | None = None,
 ) -> tuple[MaskedState, Moved]:
     """Weights by HMC, masks by births and deaths, noise by Gibbs: leaves the posterior invariant.
 
@@ -334,8 +338,10 @@ def transition(
         Settings.
     generator : torch.Generator
         Source of everything random.
+    scale : Tensor of shape (C, D), optional
+        Factor on the step size of each weight.
     """
-    state, acceptance, diverged = move_weights(model, state, step, moves, generator)
+    state, acceptance, diverged = move_weights(model, state, step, moves, generator, scale)
     pull = model.pull(state.variance)
     everywhere = moves.birth != "uniform"
     now = model.network.evaluate(state.weights, state.masks, model.x, pull, everywhere)
@@ -353,7 +359,11 @@ def transition(
 
 
 def first_step_size(
-    model: MaskedBNN, state: MaskedState, generator: torch.Generator, n_doublings: int = 20
+    model: MaskedBNN,
+    state: MaskedState,
+    generator: torch.Generator,
+    scale: Tensor | None = None,
+    n_doublings: int = 20,
 ) -> Tensor:
     """Step size of each chain at which one leapfrog step is accepted about half of the time.
 
@@ -375,8 +385,11 @@ def first_step_size(
         position.shape, generator=generator, dtype=position.dtype, device=position.device
     )
     momentum = momentum * part.active
+    own = None if scale is None else part.weights(scale)
 
     def likely(step: Tensor) -> Tensor:
+        if own is not None:
+            step = step[:, None] * own
         _, kick, end, _ = leapfrog(position, momentum, gradient, density, step, 1)
         gain = end - value + 0.5 * (total(momentum.square()) - total(kick.square()))
         return gain > math.log(0.5)

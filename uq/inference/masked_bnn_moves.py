@@ -213,7 +213,7 @@ def leapfrog(
     step: Tensor,
     n_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Integrate Hamilton's equations with unit masses.
+    """Integrate Hamilton's equations.
 
     Parameters
     ----------
@@ -221,8 +221,8 @@ def leapfrog(
         Start, and the gradient of the log density there.
     density : callable
         Maps (C, D) to the log density (C,) and its gradient (C, D).
-    step : Tensor of shape (C,)
-        Step size of each chain.
+    step : Tensor of shape (C,) or (C, D)
+        Step size of each chain, or of each entry: a mass of 1/step².
     n_steps : int
         Steps, each of one gradient.
 
@@ -231,7 +231,8 @@ def leapfrog(
     tuple of Tensor
         Position, momentum, log density and gradient at the end.
     """
-    step = step.to(position.dtype)[:, None]
+    step = step.to(position.dtype)
+    step = step[:, None] if step.ndim == 1 else step
     momentum = torch.addcmul(momentum, step, gradient, value=0.5)
     for i in range(n_steps):
         position = torch.addcmul(position, step, momentum)
@@ -277,9 +278,9 @@ def hmc(
         momentum = momentum * active
     start, gradient = density(position)
     u = torch.rand(2, len(position), generator=generator, dtype=torch.float64, device=step.device)
-    end, kick, value, _ = leapfrog(
-        position, momentum, gradient, density, step * (0.8 + 0.4 * u[0]), n_steps
-    )
+    vary = 0.8 + 0.4 * u[0]
+    step = step * (vary if step.ndim == 1 else vary[:, None])
+    end, kick, value, _ = leapfrog(position, momentum, gradient, density, step, n_steps)
     gain = value - start + 0.5 * (total(momentum.square()) - total(kick.square()))
     diverged = ~(gain > -_DIVERGENT)  # NaN is a divergence, too
     acceptance = torch.where(diverged, 0.0, gain.clamp(max=0).exp())

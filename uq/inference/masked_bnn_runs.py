@@ -16,11 +16,15 @@ from uq.inference.masked_bnn import (
     MaskedState,
     Moved,
     first_step_size,
+    log_density,
     transition,
 )
 from uq.inference.masked_bnn_moves import StepSize
 from uq.inference.training import _ONE_THREAD_FLOPS, _own_threads, warn_interrupted
 from uq.nn.masked_bnn import MaskedMLP
+
+# Gradients from which the scale of a weight is taken.
+_SEEN = 10
 
 
 class SamplerWarning(UserWarning):
@@ -113,6 +117,36 @@ def _stacked(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return stacked
 
 
+class Scales:
+    """Scale of each weight, from the curvature that its gradient tells: E g² = −E ∂²log p.
+
+    Steps in these scales are what makes weights of stiff and of slack directions move alike.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.squares = torch.zeros_like(weights, dtype=torch.float64)
+        self.count = torch.zeros_like(self.squares)
+        self.dtype = weights.dtype
+
+    def update(self, model: MaskedBNN, state: MaskedState) -> None:
+        """Add the gradient at a state, where weights are active."""
+        part = model.network.restrict(state.masks)
+        density = log_density(model, part, model.pull(state.variance))
+        gradient = density(part.weights(state.weights))[1]
+        none = torch.zeros_like(state.weights)
+        self.squares += part.restore(none, gradient.square())
+        self.count += part.restore(none, part.active)
+
+    def learned(self) -> Tensor | None:
+        """Scales (C, D); that of the chain's median for weights that were seldom active."""
+        known = self.count >= _SEEN
+        if not bool(known.any(1).all()):
+            return None
+        scale = (self.squares / self.count.clamp_min(1)).clamp_min(1e-12).rsqrt()
+        usual = scale.masked_fill(~known, float("nan")).nanmedian(1, keepdim=True).values
+        return (torch.where(known, scale, usual) / usual).clamp(0.02, 3).to(self.dtype)
+
+
 def _is_small(model: MaskedBNN, state: MaskedState) -> bool:
     """Whether a gradient is too small for two threads to share."""
     flops = 6 * len(model.x) * state.weights.numel()
@@ -144,8 +178,8 @@ def sample_masked(
     moves : MaskedMoves, optional
         Settings of a transition.
     n_warmup : int, default=500
-        Transitions that adapt the step size, thrown away. Adaptation begins anew halfway, where
-        the widths have settled.
+        Transitions that adapt the sampler, thrown away. Halfway, where the widths have settled,
+        each weight gets a scale from its gradients, and the step size is adapted anew.
     n_draws : int, default=100
         Draws of each chain.
     thin : int, default=5
@@ -174,6 +208,7 @@ def sample_masked(
     moves = moves or MaskedMoves()
     step = first_step_size(model, state, generator)
     adapt = StepSize(step, target_accept)
+    scales, scale = Scales(state.weights), None
     kept = _Kept()
     total, interrupted = n_warmup + n_draws * thin, False
     progress = tqdm(total=total, desc=description, unit="transition", disable=verbose < 1)
@@ -183,10 +218,14 @@ def sample_masked(
                 use_threads(1)
             for i in range(total):
                 if i == n_warmup // 2 and i:
-                    adapt.restart(adapt.final())
+                    scale = scales.learned()
+                    step = first_step_size(model, state, generator, scale)
+                    adapt.restart(step)
                 if i == n_warmup:
                     step = adapt.final()
-                state, moved = transition(model, state, step, moves, generator)
+                state, moved = transition(model, state, step, moves, generator, scale)
+                if n_warmup // 4 <= i < n_warmup // 2:
+                    scales.update(model, state)
                 kept.moved.append(moved)
                 kept.steps.append(step)
                 kept.widths.append(model.width_prior.widths(state.masks))
@@ -277,6 +316,8 @@ class MaskedBNNKernel(MCMCKernel):
         self.n_warmup, self.t = warmup_steps, 0
         self.step = first_step_size(self.target, self.start, self.generator)
         self.adapt = StepSize(self.step, self.target_accept)
+        self.scales = Scales(self.start.weights)
+        self.scale: Tensor | None = None
         self.moved: list[Moved] = []
 
     @property
@@ -294,8 +335,14 @@ class MaskedBNNKernel(MCMCKernel):
         """One transition of all chains."""
         state = MaskedState(params["weights"], params["masks"], params.get("variance"))
         if self.t == self.n_warmup // 2 and self.t:
-            self.adapt.restart(self.adapt.final())
-        state, moved = transition(self.target, state, self.step, self.moves, self.generator)
+            self.scale = self.scales.learned()
+            self.step = first_step_size(self.target, state, self.generator, self.scale)
+            self.adapt.restart(self.step)
+        state, moved = transition(
+            self.target, state, self.step, self.moves, self.generator, self.scale
+        )
+        if self.n_warmup // 4 <= self.t < self.n_warmup // 2:
+            self.scales.update(self.target, state)
         self.t += 1
         if self.t <= self.n_warmup:
             self.step = self.adapt.update(moved.acceptance)

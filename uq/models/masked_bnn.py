@@ -51,7 +51,7 @@ class _MaskedBNN(ChainDiagnostics, PointEstimator):
     n_warmup: int = 500
     n_draws: int = 100
     thin: int = 5
-    n_leapfrog: int = 20
+    n_leapfrog: int = 50
     n_mask_moves: int = 10
     max_flips: int = 3
     death: str = "small"
@@ -298,12 +298,13 @@ prior : {"cauchy", "normal"}, default="cauchy"
     n_chains : int, default=4
         Chains, run as one batch.
     n_warmup : int, default=500
-        Transitions that adapt the step size and let the widths settle, thrown away.
+        Transitions that let the widths settle and adapt the scale of each weight and the step
+        size, thrown away.
     n_draws : int, default=100
         Draws of each chain. All of them predict.
     thin : int, default=5
         Transitions for each draw.
-    n_leapfrog : int, default=20
+    n_leapfrog : int, default=50
         Gradients of all rows in a trajectory, of which each transition has one.
     n_mask_moves : int, default=10
         Births or deaths proposed in each transition; 0 keeps every node.
