@@ -448,7 +448,8 @@ class Estimator(BaseEstimator, ABC):
         if self.x_mean_ is not None:
             X = (X - self.x_mean_) / self.x_scale_
         dtype = self.posterior_.dtype if predicting else self._dtype
-        x = torch.tensor(X, dtype=dtype)
+        # A frame's values lie by columns, of which products round differently.
+        x = torch.tensor(X, dtype=dtype).contiguous()
         if not bool(x.isfinite().all()):
             raise DataError(
                 f"{type(self).__name__}: X holds values beyond the range of {dtype} (after "
