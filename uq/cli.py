@@ -347,8 +347,11 @@ def _methods(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(table.reset_index().to_dict("records"), indent=2))
         return
+    width = max(map(len, table.index)) + 2
     for name, row in table.iterrows():
-        print(f"{name:10}{row['cost']}; {row['needs']}\n{'':10}{row['paper']}")
+        print(f"{name:{width}}{row['cost']}")
+        print(f"{'':{width}}needs {row['needs']}")
+        print(f"{'':{width}}{row['paper']}")
 
 
 # -- models --------------------------------------------------------------------------------------
