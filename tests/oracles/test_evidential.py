@@ -446,3 +446,16 @@ def test_drawn_means_follow_their_student_t():
     for i in range(2):
         t = stats.t(2 * alpha[i], loc[i], (beta / (nu * alpha))[i].sqrt())
         assert stats.kstest(drawn[:, i], t.cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("edl", "mse"), ("edl_nll", "log"), ("edl_ce", "digamma")]
+)
+def test_torch_uncertainty(ours, theirs):
+    losses = pytest.importorskip("torch_uncertainty.losses", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(0)
+    evidence = 10 * torch.rand(50, 6, generator=generator, dtype=torch.float64)
+    y = torch.arange(50) % 6
+    expected = losses.DECLoss(reg_weight=0.3, loss_type=theirs)(evidence, y)
+    found = evidential_loss(evidence, y, ours, kl_weight=0.3).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
