@@ -10,7 +10,6 @@ from torch import nn
 
 import uq
 from uq import ABNNClassifier, ABNNRegressor
-from uq.calibration import auroc
 from uq.inference import to_abnn
 from uq.nn import bayesian_norm
 from uq.nn.abnn import bayesian_layers
