@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, field
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from uq.distributions import Predictive
 from uq.errors import DataError, ParameterError
@@ -52,6 +53,35 @@ def warn_of_noise(name: str, network: nn.Module) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def posterior_optimizer(
+    parameters: Iterable[Tensor],
+    *,
+    n_effective: float,
+    n_steps: int,
+    generator: torch.Generator,
+    lr: float,
+    prior_scale: float,
+    init_std: float,
+    beta2: float | None = None,
+    temperature: float = 1.0,
+    **settings: Any,
+) -> IVON:
+    """IVON for the posterior of ``n_effective`` rows under N(0, prior_scale²), over n_steps."""
+    # Tempering scales the likelihood alone: the prior keeps its precision λδ.
+    ess = n_effective / temperature
+    decay = NormalPrior(prior_scale).precision / ess
+    return IVON(
+        parameters,
+        lr,
+        ess=ess,
+        weight_decay=decay,
+        beta2=max(0.998, 1 - 2 / n_steps) if beta2 is None else beta2,
+        hess_init=max(0.0, 1 / (ess * init_std**2) - decay),
+        generator=generator,
+        **settings,
+    )
 
 
 @estimator
@@ -119,19 +149,18 @@ class _IVON(Estimator):
         """Train one network in place."""
         network.to(data.fabric.device)
         n_steps = self._n_epochs(data) * len(data.batches)
-        # Tempering scales the likelihood alone: the prior keeps its precision λδ.
-        ess = data.n_effective / self.temperature
-        decay = NormalPrior(self.prior_scale).precision / ess
-        optimizer = IVON(
+        optimizer = posterior_optimizer(
             network.parameters(),
-            self.lr,
-            ess=ess,
-            weight_decay=decay,
-            beta2=max(0.998, 1 - 2 / n_steps) if self.beta2 is None else self.beta2,
-            hess_init=max(0.0, 1 / (ess * self.init_std**2) - decay),
+            n_effective=data.n_effective,
+            n_steps=n_steps,
+            generator=data.generator(data.seeds.noise + i),
+            lr=self.lr,
+            prior_scale=self.prior_scale,
+            init_std=self.init_std,
+            beta2=self.beta2,
+            temperature=self.temperature,
             mc_samples=self.mc_samples,
             clip_radius=self.clip_radius,
-            generator=data.generator(data.seeds.noise + i),
         )
         result = self._train(
             NetworkObjective(network),

@@ -4,8 +4,8 @@ The heads and their equations are in :mod:`uq.nn.vbll` and :mod:`uq.nn.vbll_clas
 body is trained together with the head by −ELBO/N; AdamW's weight decay regularises the body, the
 head's own prior is in the ELBO. With ``features="frozen"`` the body stays as it is and the head is
 found in closed form, where it has one. With ``features="bayesian"`` IVON learns a Normal posterior
-q(θ) over the body's weights, too (the paper's section 3.3): each step takes one sample of θ, at
-which the last layer is integrated out analytically,
+q(θ) over the body's weights, too: each step takes one sample of θ, at which the last layer is
+integrated out analytically,
 
     −ELBO/N = E_q(θ)[loss of the head at φ_θ] + KL(q(θ) ‖ p(θ))/N.
 """
@@ -39,9 +39,8 @@ from uq.models.base import (
 )
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
-from uq.models.ivon import warn_of_noise
+from uq.models.ivon import IVONClassifier, posterior_optimizer, warn_of_noise
 from uq.nn.network import probe_outputs
-from uq.nn.priors import NormalPrior
 from uq.nn.vbll import (
     BayesianLastLayer,
     VBLLHeteroscedasticRegression,
@@ -59,8 +58,6 @@ from uq.nn.vbll_weights import COVARIANCES
 # The authors call clipping the gradient's norm at 1 strongly recommended.
 _CLIP_NORM = 1.0
 _HELD_OUT_DRAWS = 16
-# The settings of IVONClassifier and IVONRegressor, for the weights of a Bayesian body.
-_BODY_LR, _BODY_PRIOR_SCALE, _BODY_INIT_STD = 0.1, 0.4, 0.02
 
 
 class _VBLLObjective(Objective):
@@ -185,15 +182,14 @@ class _VBLL(Estimator):
     ) -> tuple[LastLayerPosterior, TrainingResult]:
         """Learn a posterior over the body's weights, too."""
         n_steps = self._n_epochs(data) * len(data.batches)
-        decay = NormalPrior(_BODY_PRIOR_SCALE).precision / data.n_effective
-        body = IVON(
+        body = posterior_optimizer(
             posterior.body.parameters(),
-            _BODY_LR,
-            ess=data.n_effective,
-            weight_decay=decay,
-            beta2=max(0.998, 1 - 2 / n_steps),
-            hess_init=max(0.0, 1 / (data.n_effective * _BODY_INIT_STD**2) - decay),
+            n_effective=data.n_effective,
+            n_steps=n_steps,
             generator=data.generator(data.seeds.noise),
+            lr=IVONClassifier.lr,
+            prior_scale=IVONClassifier.prior_scale,
+            init_std=IVONClassifier.init_std,
         )
         head = torch.optim.AdamW(posterior.head.parameters(), self.lr, weight_decay=0.0, fused=True)
         # The gradient is not clipped: a clipped one would bias the curvature.
