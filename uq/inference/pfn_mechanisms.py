@@ -191,15 +191,15 @@ def causal_graph(
     Columns and targets are random nodes, so that a column may be a cause of the target, an effect
     of it, or neither. In six of ten data sets the target is a late node.
     """
-    layers, width = 4, 2 * d + k + 4
+    layers, width = 4, d + k // 2 + 5
     causes = integers(generator, 2, 8, g, 1, 1)
     spread = normal(generator, g, 1, 8).abs() + 0.1
     roots = torch.where(
         chance(generator, 0.5, g, 1, 8), normal(generator, g, n, 8), uniform(generator, g, n, 8)
     )
     hidden = roots * spread * (torch.arange(8, device=roots.device) < causes)
-    noise = log_uniform(generator, g, 1, 1, low=0.003, high=0.5)
-    keep = 1 - 0.8 * uniform(generator, g, 1, 1)
+    noise = log_uniform(generator, g, 1, 1, low=0.002, high=0.3)
+    keep = 1 - 0.7 * uniform(generator, g, 1, 1)
     values = []
     for _ in range(layers):
         fan_in = hidden.shape[2]

@@ -122,7 +122,7 @@ def sample_prior(
 
 def prior_task(prior: Any) -> Task:
     """Task of a prior: its attribute ``task``, "regression" unless given."""
-    task = getattr(prior, "task", "regression")
+    task: Task = getattr(prior, "task", "regression")
     if task not in ("regression", "classification"):
         raise ParameterError(f"Prior: task must be 'regression' or 'classification', got {task!r}.")
     return task

@@ -5,7 +5,7 @@ clustered or on a grid of designs, with marginals from uniform to heavy-tailed, 
 zeros, coded categories, near-copies of other columns, missing cells. The target is a random
 mechanism (:mod:`uq.inference.pfn_mechanisms`) of the columns that matter, or columns and target are
 nodes of one random causal graph. Regression adds a link and noise whose standard deviation is 0.01
-to 1 of the signal's (wider in one of ten), constant or not, light- or heavy-tailed.
+to 1 of the signal's (outside of it in one of ten), constant or not, light- or heavy-tailed.
 Classification cuts a score at uneven quantiles, takes the largest of several noisy scores, or draws
 the columns given the class.
 
@@ -126,7 +126,7 @@ def _columns(b: int, n: int, d: int, generator: torch.Generator) -> Tensor:
 
 def _relevance(b: int, d: int, generator: torch.Generator) -> Tensor:
     """How much each column matters, (b, d): decaying or even, some not at all, one always 1."""
-    decay = uniform(generator, b, 1, high=2.5)
+    decay = uniform(generator, b, 1, high=4)
     relevance = torch.exp(decay * uniform(generator, b, d).clamp_min(1e-6).log())
     relevant = chance(generator, uniform(generator, b, 1, low=0.25, high=1.3), b, d)
     relevance *= relevant
@@ -264,7 +264,7 @@ def _targets(f: Tensor, u: Tensor, generator: torch.Generator) -> Tensor:
     early = chance(generator, 0.7, b)  # link before the noise, else after
     signal = torch.where(early[:, None], standardise(by_kind(links, f, _LINKS)), f)
     # As in tables: from practically none (formulas, simulations) to as much as the signal.
-    kind = choice(generator, (5.5, 3.5, 0.5, 0.5), b)
+    kind = choice(generator, (7.0, 2.0, 0.6, 0.4), b)
     scale = (
         torch.stack(
             (
