@@ -26,6 +26,7 @@ from uq.models.registry import METHODS
 
 FORMAT = "uq-model"
 FORMAT_VERSION = 1
+STATE_FORMAT = "uq-state-1"
 
 _CLASSES: dict[str, str] = {
     m.class_name(task): m.module for m in METHODS.values() for task in m.tasks
@@ -117,19 +118,8 @@ def load(path: str | Path, *, module: Any = None) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no model file at {str(path)!r}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "uq" not in metadata:
-                raise LoadError(
-                    f"{str(path)!r} is a safetensors file, but not a model saved by uq."
-                )
-            header = json.loads(metadata["uq"])
-            # clone: the file's own memory is not aligned, and products then round differently.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
-        raise LoadError(f"{str(path)!r} is not a uq model, or is damaged: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    header, tensors = _open(path)
+    if header.get("format") != FORMAT:
         raise LoadError(f"{str(path)!r} is a safetensors file, but not a model saved by uq.")
     if header.get("version") != FORMAT_VERSION:
         raise LoadError(
@@ -143,18 +133,67 @@ def load(path: str | Path, *, module: Any = None) -> Any:
         return model
     except LoadError:
         raise
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        RuntimeError,  # RecursionError among them
-        AttributeError,
-        ArithmeticError,
-        MemoryError,
-    ) as error:
+    except _BROKEN as error:
         raise LoadError(
             f"{str(path)!r} does not hold a usable model: {type(error).__name__}: {error}"
         ) from error
+
+
+# What decoding a header that was tampered with may raise.
+_BROKEN = (
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,  # RecursionError among them
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+)
+
+
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the JSON header and the tensors of a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "uq" not in metadata:
+                raise LoadError(
+                    f"{str(path)!r} is a safetensors file, but not a model saved by uq."
+                )
+            header = json.loads(metadata["uq"])
+            # clone: the file's own memory is not aligned, and products then round differently.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
+        raise LoadError(f"{str(path)!r} is not a uq model, or is damaged: {error}") from error
+    if not isinstance(header, dict):
+        raise LoadError(f"{str(path)!r} is a safetensors file, but not a model saved by uq.")
+    return header, tensors
+
+
+def state_bytes(state: Any) -> bytes:
+    """Encode plain data (numbers, text, tensors, lists, dictionaries) as safetensors and JSON."""
+    writer = _Writer()
+    root = writer.encode(state, "state")
+    return to_bytes(writer.tensors, {"uq": json.dumps({"format": STATE_FORMAT, "state": root})})
+
+
+def read_state(path: str | Path) -> Any:
+    """Decode what :func:`state_bytes` gave.
+
+    Raises
+    ------
+    LoadError
+        If the file is damaged or is something else.
+    """
+    header, tensors = _open(Path(path))
+    if header.get("format") != STATE_FORMAT:
+        raise LoadError(f"{str(path)!r} is not a checkpoint of uq.")
+    try:
+        return _Reader(tensors, None).decode(header["state"])
+    except LoadError:
+        raise
+    except _BROKEN as error:
+        raise LoadError(f"{str(path)!r} does not hold a usable checkpoint: {error}") from error
 
 
 class _Writer:
@@ -208,6 +247,7 @@ class _Writer:
             params = model.params_ | later
         if "callbacks" in params:
             params["callbacks"] = ()
+        params.pop("checkpoint_dir", None)
         if not isinstance(params.get("random_state"), int | np.integer):
             params.pop("random_state", None)
         if not isinstance(params.get("cv", 0), int | float | str | np.number):

@@ -27,6 +27,8 @@ class ArrayBatches:
         Source of the shuffling, on the tensors' device.
     """
 
+    _not_in_checkpoints = ("tensors",)
+
     def __init__(
         self, *tensors: Tensor, batch_size: int | None, generator: torch.Generator
     ) -> None:

@@ -21,6 +21,14 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from uq.errors import FitInterruptedWarning, NonFiniteLossError, ParameterError
+from uq.inference.checkpoints import (
+    Stage,
+    put_back,
+    random_state,
+    set_random_state,
+    stop_signals,
+    take,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -146,10 +154,11 @@ def cosine_schedule(n_steps: int, warmup: float = 0.05) -> Callable[[int], float
     return factor
 
 
-class _Snapshot:
-    """Copy of a list of tensors, taken into the same memory each time."""
+class _Best:
+    """The tensors of the best epoch, copied into the same memory each time."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.loss = math.inf
         self.live = list(tensors)
         self.kept = [t.detach().clone() for t in self.live]
 
@@ -157,6 +166,11 @@ class _Snapshot:
     def take(self) -> None:
         for kept, live in zip(self.kept, self.live, strict=True):
             kept.copy_(live)
+
+    def load(self, loss: float, kept: list[Tensor]) -> None:
+        self.loss = loss
+        for mine, other in zip(self.kept, kept, strict=True):
+            mine.copy_(other)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -177,6 +191,7 @@ def train(
     clip_norm: float | None = None,
     extra_state: Sequence[Tensor] = (),
     callbacks: Sequence[Callable[[TrainingState], Any]] = (),
+    checkpoint: Stage | None = None,
     verbose: int = 0,
     description: str = "training",
 ) -> TrainingResult:
@@ -210,6 +225,9 @@ def train(
         Tensors beside the objective's that belong to the best epoch (IVON's curvature).
     callbacks : sequence of callable
         Called with a :class:`TrainingState` after each epoch; True stops.
+    checkpoint : Stage, optional
+        Where to write the state now and then, and to go on from. Training that resumes ends with
+        the bits that it would have had; callbacks see only the epochs that are run.
     verbose : int
         Above 0 shows a progress bar.
     description : str
@@ -224,11 +242,17 @@ def train(
     from tqdm.auto import tqdm
 
     run = fabric.setup_module(objective, move_to_device=False) if _wraps(fabric) else objective
-    state = _Snapshot([*objective.parameters(), *objective.buffers(), *extra_state])
+    best = _Best([*objective.parameters(), *objective.buffers(), *extra_state])
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     result = TrainingResult()
-    best, step = math.inf, 0
+    at = _Position()
+    saved = None
+    if checkpoint is not None:
+        saved = _Saved(checkpoint, fabric.device, objective, optimizer, batches, extra_state)
+        if saved.load(at, best, result):
+            objective.eval()
+            return result
     batch: tuple[Tensor, ...] = ()
     take_step: Callable[[Any], Tensor] = optimizer.step  # type: ignore[assignment]
 
@@ -248,24 +272,36 @@ def train(
             use_threads(1)
         return loss
 
-    progress = tqdm(range(max_epochs), desc=description, unit="epoch", disable=verbose < 1)
+    progress = tqdm(
+        range(at.epoch, max_epochs),
+        desc=description,
+        unit="epoch",
+        initial=at.epoch,
+        total=max_epochs,
+        disable=verbose < 1,
+    )
     objective.train()
+    started = False
     try:
-        with _own_threads() as use_threads:
+        with _own_threads() as use_threads, stop_signals(at_a_step=saved is not None) as stop:
             for epoch in progress:
-                losses = []
-                for tensors in batches:
+                for tensors in _batches_from(batches, at, saved):
                     batch = tensors
                     if schedule is not None:
-                        factor = schedule(step)
+                        factor = schedule(at.step)
                         for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                             group["lr"] = lr * factor
-                    if step == 0:
-                        losses.append(first_step(use_threads))
+                    if started:
+                        at.losses.append(take_step(closure))
                     else:
-                        losses.append(take_step(closure))
-                    step += 1
-                train_loss = float(torch.stack(losses).mean())
+                        at.losses.append(first_step(use_threads))
+                        started = True
+                    at.step += 1
+                    if saved is not None and (stop.asked or saved.stage.due()):
+                        saved.save(at, best, result)
+                    if stop.asked:
+                        raise KeyboardInterrupt
+                train_loss = float(torch.stack(at.losses).mean())
                 held_out = None
                 if held_out_loss is not None and math.isfinite(train_loss):
                     held_out = _evaluate(objective, held_out_loss)
@@ -280,9 +316,9 @@ def train(
                     progress.set_postfix(loss=f"{train_loss:.3f}", held_out=f"{held_out:.3f}")
                 else:
                     progress.set_postfix(loss=f"{train_loss:.3f}")
-                if held_out is None or held_out < best:
-                    best, result.best_epoch = current, epoch + 1
-                    state.take()
+                if held_out is None or held_out < best.loss:
+                    best.loss, result.best_epoch = current, epoch + 1
+                    best.take()
                 told = TrainingState(epoch + 1, train_loss, held_out, objective)
                 asked = [callback(told) is True for callback in callbacks]  # every one is told
                 if any(asked):
@@ -291,6 +327,9 @@ def train(
                 if patience is not None and epoch + 1 - result.best_epoch >= patience:
                     result.stop_reason = "patience"
                     break
+                at.epoch, at.losses = epoch + 1, []
+                if saved is not None and saved.stage.due(at.epoch):
+                    saved.save(at, best, result)
     except KeyboardInterrupt:
         if not result.history["train_loss"]:
             raise  # nothing was learned yet, so there is nothing to keep
@@ -300,10 +339,114 @@ def train(
         warn_interrupted(f"{description}, after {epochs} epochs", kept)
     finally:
         progress.close()
-        state.restore()
+        best.restore()
         objective.eval()
         optimizer.zero_grad()
+    if saved is not None and result.error is None and result.stop_reason != "interrupted":
+        saved.finish(result)
     return result
+
+
+@dataclass
+class _Position:
+    """Where training stands."""
+
+    epoch: int = 0
+    step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    """Of the steps of the running epoch."""
+
+
+class _Saved:
+    """Writes a running training to its checkpoints, and reads it back."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        device: torch.device,
+        objective: nn.Module,
+        optimizer: Optimizer,
+        batches: Batches,
+        extra_state: Sequence[Tensor],
+    ) -> None:
+        self.stage, self.device = stage, device
+        self.roots = {"objective": objective, "optimizer": optimizer, "extra": list(extra_state)}
+        self.batches = {"batches": batches}
+        self.epoch_start: dict[str, Any] = {}
+        self._now: dict[str, Tensor] | None = None
+
+    def load(self, at: _Position, best: _Best, result: TrainingResult) -> bool:
+        """Take up what is there; whether training was done."""
+        state, done = self.stage.load()
+        if state is None:
+            return False
+        result.history = state["history"]
+        result.best_epoch = state["best_epoch"]
+        put_back(self.roots, state["objects"])
+        put_back(self.batches, state["epoch_start"]["batches"])
+        if done:
+            result.stop_reason = state["stop_reason"]
+            set_random_state(state["random"], self.device)
+            return True
+        at.epoch, at.step = state["epoch"], state["step"]
+        at.losses = list(state["losses"].to(self.device)) if len(state["losses"]) else []
+        best.load(state["best_loss"], state["best"])
+        self.epoch_start = state["epoch_start"]
+        self._now = state["random"]
+        return False
+
+    def iterate(self, batches: Batches, at: _Position) -> Iterator[tuple[Tensor, ...]]:
+        """Go through the batches of an epoch, from the one where it was left."""
+        n_done = len(at.losses)
+        if n_done:
+            set_random_state(self.epoch_start["random"], self.device)
+        else:
+            if self._now is not None:
+                set_random_state(self._now, self.device)
+            self.epoch_start = self._start()
+        iterator = iter(batches)
+        for _ in range(n_done):
+            next(iterator)
+        if self._now is not None:
+            set_random_state(self._now, self.device)
+            self._now = None
+        yield from iterator
+
+    def _start(self) -> dict[str, Any]:
+        return {"random": random_state(self.device), "batches": take(self.batches)}
+
+    def save(self, at: _Position, best: _Best, result: TrainingResult) -> None:
+        between = not at.losses
+        state = {
+            "epoch": at.epoch,
+            "step": at.step,
+            "losses": torch.zeros(0) if between else torch.stack(at.losses),
+            "best_loss": best.loss,
+            "best": best.kept,
+            "best_epoch": result.best_epoch,
+            "history": result.history,
+            "objects": take(self.roots),
+            "epoch_start": self._start() if between else self.epoch_start,
+            "random": random_state(self.device),
+        }
+        self.stage.save(at.step, state)
+
+    def finish(self, result: TrainingResult) -> None:
+        state = {
+            "best_epoch": result.best_epoch,
+            "history": result.history,
+            "stop_reason": result.stop_reason,
+            "objects": take(self.roots),
+            "epoch_start": self._start(),
+            "random": random_state(self.device),
+        }
+        self.stage.finish(state)
+
+
+def _batches_from(
+    batches: Batches, at: _Position, saved: _Saved | None
+) -> Iterator[tuple[Tensor, ...]]:
+    return iter(batches) if saved is None else saved.iterate(batches, at)
 
 
 def warn_interrupted(what: str, kept: str) -> None:

@@ -8,10 +8,11 @@ puts the answer back on the user's scale. A method writes ``_infer`` and ``_buil
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -40,6 +41,7 @@ from uq.distributions import (
     RealPredictive,
 )
 from uq.errors import DataError, ParameterError
+from uq.inference.checkpoints import Checkpoints, describe_run, stop_signals
 from uq.inference.data import ArrayBatches, LoaderBatches
 from uq.inference.posterior import Posterior
 from uq.inference.training import (
@@ -87,6 +89,18 @@ class TrainingData:
     held_out: tuple[Tensor, ...] | None
     fabric: Fabric
     seeds: Seeds
+    checkpoints: Checkpoints | None = None
+
+    def fingerprint(self) -> str:
+        """Hash of the rows, as far as they are in memory."""
+        parts = [torch.tensor([self.n_effective, len(self.batches)])]
+        if isinstance(self.batches, ArrayBatches):
+            parts += [*self.batches.tensors, *(self.held_out or ())]
+        digest = hashlib.blake2b(digest_size=16)
+        for part in parts:
+            digest.update(str(tuple(part.shape)).encode())
+            digest.update(part.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def generator(self, seed: int) -> torch.Generator:
         """Return a generator on the device of the data."""
@@ -146,6 +160,8 @@ class Estimator(BaseEstimator, ABC):
     precision: str = "32-true"
     random_state: Any = None
     callbacks: Sequence[Callback] = ()
+    checkpoint_dir: str | Path | None = None
+    checkpoint_every: int | str = "30s"
     verbose: int = 0
 
     posterior_: Posterior = field(init=False)
@@ -181,6 +197,11 @@ class Estimator(BaseEstimator, ABC):
             raise ParameterError(
                 f"{type(self).__name__}: device must be a string such as 'auto', 'cpu' or "
                 f"'cuda:1', got {self.device!r}."
+            )
+        if not isinstance(self.checkpoint_dir, str | Path | None):
+            raise ParameterError(
+                f"{type(self).__name__}: checkpoint_dir must be a folder or None, got "
+                f"{self.checkpoint_dir!r}."
             )
         if not isinstance(self.callbacks, Sequence) or not all(map(callable, self.callbacks)):
             raise ParameterError(
@@ -221,7 +242,14 @@ class Estimator(BaseEstimator, ABC):
 
     # -- fit -------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: Any = None, sample_weight: ArrayLike | None = None) -> Self:
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: ArrayLike | None = None,
+        *,
+        resume: bool = False,
+    ) -> Self:
         """Fit the model.
 
         Parameters
@@ -235,6 +263,9 @@ class Estimator(BaseEstimator, ABC):
         sample_weight : array-like of shape (n,), optional
             Weight of each row, as if the row were there that many times: their sum is the N of the
             likelihood, so weights that sum to 1 leave little but the prior. Not for a Dataset.
+        resume : bool, default=False
+            Go on from what is in ``checkpoint_dir``, if there is anything, to the same bits that
+            an undisturbed fit gives. The data and the parameters must be the same.
 
         Returns
         -------
@@ -251,14 +282,20 @@ class Estimator(BaseEstimator, ABC):
         """
         self._check_parameters()
         fabric = make_fabric(self.device, self.precision)
-        root = check_random_state(self.random_state).randint(2**31)
-        words = np.random.SeedSequence(int(root)).generate_state(5)
+        root = int(check_random_state(self.random_state).randint(2**31))
+        checkpoints = self._open_checkpoints(root, resume)
+        if checkpoints is not None:
+            root = checkpoints.run["seed"]
+        words = np.random.SeedSequence(root).generate_state(5)
         seeds = Seeds(*(int(w) for w in words))
-        with isolated_rng(seeds.init, fabric.device):
+        with stop_signals(at_a_step=False), isolated_rng(seeds.init, fabric.device):
             if isinstance(X, Dataset | DataLoader):
                 data = self._read_dataset(X, y, sample_weight, fabric, seeds)
             else:
                 data = self._read_arrays(X, y, sample_weight, fabric, seeds)
+            if checkpoints is not None:
+                checkpoints.check_data(data.fingerprint())
+                data = replace(data, checkpoints=checkpoints)
             posterior, result = self._infer(data)
         if result.error is not None and result.best_epoch == 0:
             raise result.error  # nothing was learned that could be kept
@@ -270,6 +307,20 @@ class Estimator(BaseEstimator, ABC):
         if result.error is not None:
             raise result.error
         return self
+
+    def _open_checkpoints(self, root: int, resume: bool) -> Checkpoints | None:
+        if self.checkpoint_dir is None:
+            if resume:
+                raise ParameterError(
+                    f"{type(self).__name__}.fit: resume=True needs checkpoint_dir, the folder that "
+                    "the fit before wrote to."
+                )
+            return None
+        # These neither change the result nor stand in the way of another machine.
+        aside = ("checkpoint_dir", "checkpoint_every", "callbacks", "device", "verbose")
+        params = {k: v for k, v in self.get_params(deep=False).items() if k not in aside}
+        run = describe_run(type(self).__name__, params, root)
+        return Checkpoints(self.checkpoint_dir, self.checkpoint_every, resume=resume, run=run)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -541,6 +592,7 @@ class Estimator(BaseEstimator, ABC):
             clip_norm=clip_norm,
             extra_state=extra_state,
             callbacks=self.callbacks,
+            checkpoint=None if data.checkpoints is None else data.checkpoints.stage(),
             verbose=self.verbose,
             description=type(self).__name__,
         )

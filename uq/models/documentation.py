@@ -43,6 +43,10 @@ patience : int, "auto" or None, default={patience}
         draws one from NumPy's global generator, as scikit-learn does.
     callbacks : sequence of callable, default=()
         Called with a :class:`uq.inference.TrainingState` after each epoch; True stops.
+    checkpoint_dir : str or Path, optional
+        Folder for checkpoints, from which ``fit(..., resume=True)`` goes on after a kill.
+    checkpoint_every : int or str, default="30s"
+        Epochs between checkpoints, or seconds as in "30s".
     verbose : int, default=0
         1 shows a progress bar."""
 

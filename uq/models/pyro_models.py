@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -179,7 +179,7 @@ class _PyroModel(Estimator):
             raise ParameterError(f"{type(self).__name__}: guide has no parameters to learn.")
         optimizer = torch.optim.Adam(learned, self.lr)
         whole = ArrayBatches(x, y, batch_size=None, generator=data.generator(0))
-        data = TrainingData(whole, data.n_effective, None, data.fabric, data.seeds)
+        data = replace(data, batches=whole, held_out=None)
         schedule = cosine_schedule(self._n_epochs(data))
         result = self._train(objective, optimizer, data, schedule=schedule, extra_state=learned)
         self.n_chains_, self.sample_stats_ = 1, {}

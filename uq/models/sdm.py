@@ -196,7 +196,14 @@ class SDMClassifier(Classifier):
 
     # -- fit -------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: Any = None, sample_weight: ArrayLike | None = None) -> Self:
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: ArrayLike | None = None,
+        *,
+        resume: bool = False,
+    ) -> Self:
         """Fit the adaptor, hold the support, and calibrate; see :meth:`uq.MAPClassifier.fit`.
 
         Raises
@@ -212,7 +219,7 @@ class SDMClassifier(Classifier):
             If a class has no calibration row like its neighbours, so that nothing is answered.
         """
         self._check_parameters()
-        super().fit(self._embed(X), y, sample_weight)
+        super().fit(self._embed(X), y, sample_weight, resume=resume)
         posterior: Any = self.posterior_
         if sample_weight is not None:  # rows of weight 0 were taken out
             kept = torch.from_numpy(np.flatnonzero(np.asarray(sample_weight) > 0))
@@ -270,6 +277,8 @@ class SDMClassifier(Classifier):
             tensors.append(weight.to(support.embedded.dtype))
         batches = ArrayBatches(*tensors, batch_size=self.batch_size, generator=shuffle)
         objective = SDMObjective(posterior.body, posterior.head)
+        record: Any = objective
+        record.mean_q = this.mean_q  # so that checkpoints hold it
         parameters = [p for p in objective.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, self.lr, fused=True)
         n_epochs = self._n_epochs(replace(data, batches=batches))
@@ -283,7 +292,9 @@ class SDMClassifier(Classifier):
             schedule=cosine_schedule(n_epochs * len(batches)),
             held_out_loss=this.refresh,
             patience=patience,
+            extra_state=(this.q, this.d),
             callbacks=self.callbacks,
+            checkpoint=None if data.checkpoints is None else data.checkpoints.stage(),
             verbose=self.verbose,
             description=type(self).__name__,
         )

@@ -90,7 +90,10 @@ class _BodyAndHead(torch.optim.Optimizer):
     def __init__(self, body: IVON, head: torch.optim.Optimizer) -> None:
         # Not super().__init__: the groups are those of the two, so that a schedule reaches both.
         self.body, self.head = body, head
-        self.param_groups = [*body.param_groups, *head.param_groups]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [*self.body.param_groups, *self.head.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.body.zero_grad(set_to_none)
