@@ -289,7 +289,8 @@ class BNNPrior(_Described):
             bias = normal(generator, batch, 1, self.hidden)
             values = torch.tanh(self.weight_scale * (values @ weights) + bias)
         outputs = self.max_classes if self.task == "classification" else 1
-        weights = normal(generator, batch, self.hidden, outputs) / self.hidden**0.5
+        fan_in = values.shape[2]
+        weights = normal(generator, batch, fan_in, outputs) / fan_in**0.5
         values = self.weight_scale * (values @ weights) + normal(generator, batch, 1, outputs)
         if self.task == "classification":
             classes = integers(generator, 2, self.max_classes, batch, 1, 1)
