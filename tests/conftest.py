@@ -1,6 +1,11 @@
 """Shared by all tests: one thread, one seed, and where the real data lies."""
 
 import os
+
+# Kernels run in Triton's interpreter, which looks at this when it is first imported; torch's
+# optimizers import it. Only tests that set UQ_KERNELS=triton run kernels on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from pathlib import Path
 
 import numpy as np
