@@ -16,11 +16,12 @@ LAYERS = {
     "distributions": {"errors"},
     "files": {"errors"},
     "calibration": {"distributions", "errors", "files"},
-    "nn": {"distributions", "errors"},
-    "inference": {"nn", "distributions", "errors"},
+    "nn": {"distributions", "errors", "files"},
+    "inference": {"nn", "distributions", "errors", "files"},
     "io": {"models", "inference", "errors", "files"},
-    "models": {"calibration", "inference", "nn", "distributions", "errors", "data", "io"},
+    "models": {"calibration", "inference", "nn", "distributions", "errors", "data", "io", "streams"},
     "data": {"errors"},
+    "streams": {"data", "errors"},
 }
 
 

@@ -167,6 +167,27 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--target", metavar="COL", help="column with the truth")
     _add_report(report, "reports/<model>")
 
+    pretrain = command("pretrain", _pretrain, "train a prior-data fitted network on a prior")
+    pretrain.add_argument(
+        "--prior",
+        required=True,
+        metavar="NAME",
+        help="gp, gp-hyper, bnn, scm, tabular-regression or tabular-classification",
+    )
+    pretrain.add_argument("--out", required=True, type=Path, metavar="FILE", help=".safetensors")
+    pretrain.add_argument("--steps", required=True, type=_positive, metavar="N")
+    pretrain.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    pretrain.add_argument("--init", metavar="FILE", help="finished network to start from")
+    pretrain.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of uq.inference.pretrain_pfn, such as d_model=96; may be repeated",
+    )
+    pretrain.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
+    pretrain.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
     methods = command("methods", _methods, "list the methods")
     methods.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
@@ -338,6 +359,52 @@ def _report(args: argparse.Namespace) -> None:
         },
     )
     _publish(report, out, as_json=args.json)
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    settings = dict(_setting(text) for text in args.set)
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"--out must end in .safetensors, got {args.out}")
+    _check_file(args.out)
+    import inspect
+
+    from uq.data import suggest
+    from uq.files import write_atomically
+    from uq.inference.pfn import pretrain_pfn
+    from uq.inference.pfn_card import model_card
+
+    own = {"prior", "out", "steps", "resume", "init", "random_state", "callbacks", "command"}
+    known = set(inspect.signature(pretrain_pfn).parameters) - own - {"verbose"}
+    for key in settings:
+        if key not in known:
+            raise UsageError(f"--set: pretraining has no setting {key!r}{suggest(key, known)}")
+    model, meta = pretrain_pfn(
+        args.prior,
+        steps=args.steps,
+        out=args.out,
+        resume=args.resume,
+        init=args.init,
+        random_state=args.seed,
+        command=_pretrain_command(args),
+        verbose=0 if args.quiet else 1,
+        **settings,
+    )
+    card = args.out.with_suffix(".md")
+    write_atomically({card: model_card(model, meta, name=args.out.stem).encode()})
+    run = meta["runs"][-1]
+    print(
+        f"{args.out}: {sum(p.numel() for p in model.parameters())} weights after "
+        f"{run['steps_done']} steps in {run['seconds'] / 60:.1f} min; held-out loss "
+        f"{run['log'][-1]['held_out']['mean']:.4f} nats; described in {card}"
+    )
+
+
+def _pretrain_command(args: argparse.Namespace) -> str:
+    """The command as another would type it: files by their names, without their folders."""
+    parts = [f"uq pretrain --prior {args.prior} --steps {args.steps} --seed {args.seed}"]
+    parts += [f"--out {args.out.name}"]
+    parts += [f"--init {Path(args.init).name}"] if args.init else []
+    return " ".join(parts + [f"--set {text}" for text in args.set])
 
 
 def _methods(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Predictive distributions: Pyro distributions with quantiles and a split of uncertainty."""
 
+from uq.distributions.bar import BarDistribution
 from uq.distributions.base import ClassPredictive, Predictive, RealPredictive, concatenate, mixture
 from uq.distributions.classification import CategoricalMixture
 from uq.distributions.dirichlet import DirichletCategorical
@@ -11,6 +12,7 @@ from uq.distributions.regression import NormalMixture
 from uq.distributions.sample_scores import energy_score, sample_crps
 
 __all__ = [
+    "BarDistribution",
     "CategoricalMixture",
     "ClassPredictive",
     "DirichletCategorical",

@@ -24,6 +24,7 @@ from uq.inference.masked_bnn_moves import WidthPrior, width_penalty
 from uq.inference.masked_bnn_runs import MaskedBNNKernel, SamplerWarning, sample_masked
 from uq.inference.pbnn import OHSMC, SGSMC, PartialPosterior
 from uq.inference.pbnn_network import ParticleNetwork, stochastic_names
+from uq.inference.pfn import pretrain_pfn
 from uq.inference.posterior import (
     DrawsPosterior,
     LastLayerPosterior,
@@ -100,6 +101,7 @@ __all__ = [
     "merge",
     "nearest_rows",
     "post_train",
+    "pretrain_pfn",
     "random_class_weights",
     "removal_score",
     "resample",

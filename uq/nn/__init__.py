@@ -10,6 +10,7 @@ from uq.nn.evidential_regression import NormalInverseGammaHead, nig_kl, nig_nll
 from uq.nn.implicit import MatrixGenerator, MatrixLinear, MLPGenerator, WeightLayout
 from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
 from uq.nn.network import Network
+from uq.nn.pfn import PFN, PFNCache, PFNConfig, PFNScaling, load_pfn, preprocess, save_pfn
 from uq.nn.priors import NormalPrior
 from uq.nn.sdm import ExemplarAdaptor, FeatureNetwork, SDMActivation, SDMLoss
 from uq.nn.vbll import (
@@ -27,6 +28,7 @@ from uq.nn.vbll_statistics import ClassStatistics, LinearStatistics
 
 __all__ = [
     "MLP",
+    "PFN",
     "BayesianLastLayer",
     "BayesianNetwork",
     "BayesianNorm",
@@ -46,6 +48,9 @@ __all__ = [
     "NormalInverseGammaHead",
     "NormalLikelihood",
     "NormalPrior",
+    "PFNCache",
+    "PFNConfig",
+    "PFNScaling",
     "SDMActivation",
     "SDMLoss",
     "VBLLClassification",
@@ -60,8 +65,11 @@ __all__ = [
     "dirichlet_kl",
     "evidential_loss",
     "fisher_log_det",
+    "load_pfn",
     "nig_kl",
     "nig_nll",
+    "preprocess",
+    "save_pfn",
     "variational",
     "without_noise",
 ]
