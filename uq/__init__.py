@@ -40,6 +40,7 @@ _EXPORTS = {
     "SSVIRegressor": "uq.models.ssvi",
     "SDMClassifier": "uq.models.sdm",
     "TableModel": "uq.models.table",
+    "TableStream": "uq.streams",
     "UQError": "uq.errors",
     "VBLLClassifier": "uq.models.vbll",
     "VBLLRegressor": "uq.models.vbll",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from uq.models.table import TableModel as TableModel
     from uq.models.vbll import VBLLClassifier as VBLLClassifier
     from uq.models.vbll import VBLLRegressor as VBLLRegressor
+    from uq.streams import TableStream as TableStream
 
 
 def __getattr__(name: str) -> Any:

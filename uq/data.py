@@ -307,7 +307,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     import pandas as pd
 
     path = Path(path)
-    read = _reader(path)
+    read = _read_csv if table_kind(path) == "csv" else _read_parquet
     try:
         frame = read(path)
     except FileNotFoundError:
@@ -332,21 +332,27 @@ def read_table(path: str | Path) -> pd.DataFrame:
     return frame
 
 
-def _reader(path: Path) -> Callable[[Path], pd.DataFrame]:
+def table_kind(path: Path) -> str:
+    """Return "csv" or "parquet", by the name of a file.
+
+    Raises
+    ------
+    DataError
+        If the suffix is another.
+    """
     name = path.name.lower()
     if name.endswith(_CSV_SUFFIXES):
-        return _read_csv
+        return "csv"
     if name.endswith(_PARQUET_SUFFIXES):
-        return _read_parquet
+        return "parquet"
     known = ", ".join(_CSV_SUFFIXES + _PARQUET_SUFFIXES)
     got = f"the suffix {path.suffix!r} is unknown" if path.suffix else "the name has no suffix"
     raise DataError(f"{path}: {got}; a table is read from {known}.")
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def csv_options(path: Path) -> tuple[dict[str, Any], bool]:
+    """Arguments of ``pandas.read_csv`` for a file, and whether its first column is the index."""
     import gzip
-
-    import pandas as pd
 
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
@@ -356,19 +362,26 @@ def _read_csv(path: Path) -> pd.DataFrame:
     decimal_comma = (
         separator == ";" and re.search(r"\d,\d", head) and not re.search(r"\d\.\d", head)
     )
+    options = {
+        "sep": separator,
+        "decimal": "," if decimal_comma else ".",
+        "index_col": False,
+        "skipinitialspace": True,
+        "low_memory": False,
+        "encoding": "utf-8-sig",
+    }
+    return options, header.startswith(separator) or header.startswith('""')
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    options, has_index = csv_options(path)
     with warnings.catch_warnings():
         # Rows longer than the header would lose their last cells with a warning only.
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        frame = pd.read_csv(
-            path,
-            sep=separator,
-            decimal="," if decimal_comma else ".",
-            index_col=False,
-            skipinitialspace=True,
-            low_memory=False,
-            encoding="utf-8-sig",
-        )
-    if header.startswith(separator) or header.startswith('""'):
+        frame = pd.read_csv(path, **options)
+    if has_index:
         frame = frame.set_index(frame.columns[0])
         frame.index.name = None
     return frame

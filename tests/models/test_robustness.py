@@ -221,9 +221,7 @@ def test_bad_datasets(item, message):
         uq.MAPClassifier(max_epochs=1).fit(Pairs(item))
 
 
-def test_iterable_dataset_needs_a_loader():
-    with pytest.raises(DataError, match="DataLoader"):
-        uq.MAPClassifier(max_epochs=1).fit(Endless())
+def test_iterable_dataset_in_batches_of_a_loader():
     model = uq.MAPClassifier(max_epochs=2, random_state=0).fit(DataLoader(Endless(), 8))
     assert model.n_features_in_ == 3
 

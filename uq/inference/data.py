@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from uq.errors import DataError
+
+if TYPE_CHECKING:
+    from uq.streams import RowChunks
 
 # Rows are shuffled by gathering blocks of about this many bytes and slicing batches off them:
 # a batch then costs two views, and no second copy of the whole data exists.
@@ -96,3 +102,66 @@ class LoaderBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for x, y in self.loader:
             yield self.prepare(x, y)
+
+
+class ChunkBatches:
+    """Shuffled mini-batches of rows that are read in chunks.
+
+    Parameters
+    ----------
+    source : RowChunks
+        Where the rows come from.
+    prepare : callable
+        Maps arrays (X, y) of a chunk to the tensors that the objective takes, on its device.
+    n_rows : int
+        Rows of one pass.
+    batch_size : int
+        Rows per batch.
+    seed : int
+        Seed of the order; each pass has its own.
+    """
+
+    _not_in_checkpoints = ("source", "prepare")
+
+    def __init__(
+        self,
+        source: RowChunks,
+        prepare: Callable[[Any, Any], tuple[Tensor, ...]],
+        n_rows: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.source, self.prepare, self.n_rows = source, prepare, n_rows
+        self.batch_size = min(batch_size, n_rows)
+        self.seed, self.n_passes = seed, 0
+
+    def __len__(self) -> int:
+        # As in ArrayBatches, a last batch of one row joins another.
+        full, rest = divmod(self.n_rows, self.batch_size)
+        return full + (rest > 1 or full == 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order = np.random.default_rng([self.seed, self.n_passes])
+        self.n_passes += 1
+        left: tuple[Tensor, ...] | None = None
+        given, size = 0, self.batch_size
+        for X, y in self.source.shuffled(order):
+            tensors = self.prepare(X, y)
+            if left is not None:
+                tensors = tuple(torch.cat(pair) for pair in zip(left, tensors, strict=True))
+            n = len(tensors[0])
+            # A last batch of one row joins the one before: enough is kept back for that.
+            n_now = max(0, (n - (2 if size > 1 else 1)) // size) * size
+            if n_now:
+                yield from zip(*(t[:n_now].split(size) for t in tensors), strict=True)
+                given += n_now
+            left = tuple(t[n_now:] for t in tensors)
+        if left is None:
+            return
+        rest = self.n_rows - given
+        if rest != len(left[0]):
+            raise DataError(
+                f"the stream gave {given + len(left[0])} rows in this pass and {self.n_rows} in "
+                "the first; it must give the same rows in each."
+            )
+        yield left

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -42,7 +42,7 @@ from uq.distributions import (
 )
 from uq.errors import DataError, ParameterError
 from uq.inference.checkpoints import Checkpoints, describe_run, stop_signals
-from uq.inference.data import ArrayBatches, LoaderBatches
+from uq.inference.data import ArrayBatches, ChunkBatches, LoaderBatches
 from uq.inference.posterior import Posterior
 from uq.inference.training import (
     PRECISIONS,
@@ -57,12 +57,15 @@ from uq.models.checks import check_choice, check_finite, check_hidden, check_num
 from uq.nn.bodies import MLP
 from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
 from uq.nn.network import Network, check_width
+from uq.streams import RowChunks, array_chunks, row_batches
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from numpy.typing import ArrayLike
 
 _HELD_OUT_ROWS = 8192
+# A memory-mapped array of this size is read in chunks; a smaller one is like any other array.
+_LARGE_BYTES = 1 << 28
 
 Noise = Literal["homoscedastic", "heteroscedastic"]
 Callback = Callable[[TrainingState], Any]
@@ -256,8 +259,9 @@ class Estimator(BaseEstimator, ABC):
         ----------
         X : array-like, DataFrame or Tensor of shape (n, d), or torch Dataset or DataLoader
             Training inputs. More axes are allowed with ``module``. A Dataset or DataLoader yields
-            (x, y) and leaves ``y`` at None; a DataLoader keeps its own batches, and holds no rows
-            out for ``patience``.
+            (x, y) and leaves ``y`` at None. A DataLoader keeps its own batches, an
+            IterableDataset its order, and a ``numpy.memmap`` above 256 MB stays on the disk; these
+            hold no rows out for ``patience``.
         y : array-like of shape (n,) or (n, m)
             Labels (numbers, strings or booleans), or real targets in any unit.
         sample_weight : array-like of shape (n,), optional
@@ -289,8 +293,12 @@ class Estimator(BaseEstimator, ABC):
         words = np.random.SeedSequence(root).generate_state(5)
         seeds = Seeds(*(int(w) for w in words))
         with stop_signals(at_a_step=False), isolated_rng(seeds.init, fabric.device):
+            if _is_larger_than_memory(X) and sample_weight is None:
+                X, y = array_chunks(X, y), None
             if isinstance(X, Dataset | DataLoader):
                 data = self._read_dataset(X, y, sample_weight, fabric, seeds)
+            elif isinstance(X, RowChunks):
+                data = self._read_chunks(X, y, sample_weight, fabric, seeds)
             else:
                 data = self._read_arrays(X, y, sample_weight, fabric, seeds)
             if checkpoints is not None:
@@ -332,6 +340,16 @@ class Estimator(BaseEstimator, ABC):
         return self.module is not None
 
     @property
+    def _takes_missing(self) -> bool:
+        """Whether inputs may be NaN, for missing."""
+        return False
+
+    def _check_inputs(self, X: np.ndarray, where: str) -> None:
+        """Raise a DataError that points at the first value that cannot be used."""
+        values = np.where(np.isnan(X), 0, X) if self._takes_missing else X
+        check_finite(values, where, getattr(self, "feature_names_in_", None))
+
+    @property
     def _held_out_share(self) -> float:
         """Share of the rows that early stopping watches."""
         return 0.1
@@ -354,7 +372,7 @@ class Estimator(BaseEstimator, ABC):
             ensure_all_finite=False,
             multi_output=not is_classifier(self),
         )
-        check_finite(X, f"{name}.fit", getattr(self, "feature_names_in_", None))
+        self._check_inputs(X, f"{name}.fit")
         self.input_shape_ = tuple(int(side) for side in X.shape[1:])
         weight = None
         if sample_weight is not None:
@@ -395,10 +413,7 @@ class Estimator(BaseEstimator, ABC):
                 "sample_weight at None."
             )
         if isinstance(source, IterableDataset):
-            raise DataError(
-                f"{name}.fit: an IterableDataset has no rows to shuffle or to hold out; give a "
-                "DataLoader over it, whose batches are taken as they come."
-            )
+            source = DataLoader(source, self.batch_size or 64)  # as it comes; no row is held out
         is_loader = isinstance(source, DataLoader)
         survey = source if is_loader else DataLoader(source, self.batch_size or len(source))
         targets = self._survey(survey)
@@ -434,6 +449,37 @@ class Estimator(BaseEstimator, ABC):
         batches = LoaderBatches(loader, prepare, n_batches)
         return TrainingData(batches, float(len(kept)), held_out, fabric, seeds)
 
+    def _read_chunks(
+        self, source: RowChunks, y: Any, sample_weight: Any, fabric: Fabric, seeds: Seeds
+    ) -> TrainingData:
+        """Read rows that do not fit in memory: one pass to learn scales, then one per epoch."""
+        name = type(self).__name__
+        if y is not None or sample_weight is not None:
+            raise DataError(f"{name}.fit: a stream yields X and y itself; leave y and weights out.")
+        scaler = StandardScaler()
+        targets: list[np.ndarray] = []
+        for X, target in source:
+            if not targets:
+                self.input_shape_ = tuple(int(side) for side in X.shape[1:])
+                self.n_features_in_ = self.input_shape_[0]
+                self.__dict__.pop("feature_names_in_", None)  # of an earlier fit on a DataFrame
+            check_finite(X, f"{name}.fit", None)
+            targets.append(np.asarray(target))
+            if self._standardizes:
+                scaler.partial_fit(X)
+        n_rows = sum(map(len, targets))
+        self._need_two_rows(n_rows)
+        encoded = self._check_targets(np.concatenate(targets))
+        self._set_input_scale(scaler if self._standardizes else None)
+        self._learn_target_scale(encoded, None)
+
+        def prepare(X: np.ndarray, target: np.ndarray) -> tuple[Tensor, ...]:
+            both = self._input_tensor(X), torch.as_tensor(self._encode_targets(target))
+            return tuple(self._place(t, fabric.device) for t in both)
+
+        batches = ChunkBatches(source, prepare, n_rows, self.batch_size or n_rows, seeds.shuffle)
+        return TrainingData(batches, float(n_rows), None, fabric, seeds)
+
     def _survey(self, loader: DataLoader[Any]) -> list[np.ndarray]:
         """Go through a loader once: check its batches, learn the row shape, collect targets."""
         name = type(self).__name__
@@ -455,7 +501,7 @@ class Estimator(BaseEstimator, ABC):
                     )
                 self.n_features_in_ = int(self.input_shape_[0])
                 self.__dict__.pop("feature_names_in_", None)  # of an earlier fit on a DataFrame
-            check_finite(x, f"{name}.fit", None)
+            self._check_inputs(x, f"{name}.fit")
             targets.append(target)
         self._need_two_rows(sum(map(len, targets)))
         return targets
@@ -501,7 +547,7 @@ class Estimator(BaseEstimator, ABC):
         dtype = self.posterior_.dtype if predicting else self._dtype
         # A frame's values lie by columns, of which products round differently.
         x = torch.tensor(X, dtype=dtype).contiguous()
-        if not bool(x.isfinite().all()):
+        if not bool((x.isfinite() | (x.isnan() & self._takes_missing)).all()):
             raise DataError(
                 f"{type(self).__name__}: X holds values beyond the range of {dtype} (after "
                 "standardising); rescale them or look for outliers."
@@ -622,7 +668,7 @@ class Estimator(BaseEstimator, ABC):
                 f"{type(self).__name__}: X has rows of shape {tuple(X.shape[1:])}, but was fitted "
                 f"on rows of shape {tuple(self.input_shape_)}."
             )
-        check_finite(X, type(self).__name__, getattr(self, "feature_names_in_", None))
+        self._check_inputs(X, type(self).__name__)
         return self._input_tensor(X, predicting=True).to(self.posterior_.seed.device), index
 
     def predict_distribution(self, X: Any) -> Predictive:
@@ -645,6 +691,33 @@ class Estimator(BaseEstimator, ABC):
         dist = self._user_scale(self.posterior_(x, getattr(self, "n_samples", 1)))
         dist.index = index
         return dist
+
+    def predict_batches(self, X: Any, batch_rows: int = 8192) -> Iterator[Predictive]:
+        """Predict in batches, for more rows than predictions have room in memory.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor of shape (n, d), or a DataLoader of inputs
+            Inputs. A ``numpy.memmap`` stays on the disk.
+        batch_rows : int, default=8192
+            Rows predicted at once; the batches of a DataLoader are taken as they are.
+
+        Yields
+        ------
+        Predictive
+            What :meth:`predict_distribution` gives for the next rows: the same draws at all rows.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from uq import MAPRegressor
+        >>> X = np.linspace(-1, 1, 50)[:, None]
+        >>> model = MAPRegressor(max_epochs=5, random_state=0).fit(X, X[:, 0])
+        >>> [len(dist.mean) for dist in model.predict_batches(X, 20)]
+        [20, 20, 10]
+        """
+        for rows in row_batches(X, batch_rows):
+            yield self.predict_distribution(rows)
 
     def sample_functions(self, X: Any, n: int = 10) -> np.ndarray:
         """Draw functions from the posterior and evaluate them at ``X``.
@@ -864,6 +937,11 @@ class NetworkRegressor(Regressor):
     def _width_reason(self) -> str:
         two = ", twice for heteroscedastic noise" if self.noise == "heteroscedastic" else ""
         return super()._width_reason() + two
+
+
+def _is_larger_than_memory(X: Any) -> bool:
+    """Whether ``X`` is to stay on the disk."""
+    return isinstance(X, np.memmap) and X.nbytes >= _LARGE_BYTES
 
 
 def _as_numpy(data: Any) -> Any:

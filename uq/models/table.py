@@ -8,6 +8,8 @@ from them when they are needed, so that saving a model never pickles.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -28,7 +30,9 @@ from sklearn.utils import get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_array, check_is_fitted
 
+from uq.data import split_target
 from uq.errors import DataError, ParameterError
+from uq.streams import RowChunks, TableStream, row_batches
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +42,9 @@ if TYPE_CHECKING:
     from uq.distributions import Predictive
 
 MISSING = "missing"
+# Distinct texts of a column that are counted exactly, and rows from which a median is taken.
+_MAX_TEXTS = 1_000_000
+_MEDIAN_ROWS = 1_000_000
 _NUMBERS = {"integer", "floating", "mixed-integer-float", "decimal"}
 _TEXT = {"string", "boolean", "categorical", "mixed", "mixed-integer", "empty"}
 
@@ -101,8 +108,9 @@ class TablePreprocessor(TransformerMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : DataFrame or array-like of shape (n, d)
-            The columns of an array are called ``x0``, ``x1``, ….
+        X : DataFrame, array-like of shape (n, d) or TableStream
+            The columns of an array are called ``x0``, ``x1``, …. The medians of a stream above a
+            million rows are those of a million rows drawn from it.
         y : ignored
         """
         for name in ("max_categories", "min_frequency"):
@@ -110,37 +118,40 @@ class TablePreprocessor(TransformerMixin, BaseEstimator):
                 raise ParameterError(
                     f"TablePreprocessor: {name} must be at least 1, got {getattr(self, name)!r}."
                 )
-        table = _as_table(X)
-        if table.empty:
-            raise DataError(
-                f"TablePreprocessor needs at least one row and one column, got shape {table.shape}."
-            )
+        columns: dict[str, _Column] = {}
+        for part in X.frames() if isinstance(X, TableStream) else [X]:
+            table = _as_table(part)
+            if table.empty:
+                raise DataError(
+                    "TablePreprocessor needs at least one row and one column, got shape "
+                    f"{table.shape}."
+                )
+            for name in table.columns:
+                if name != getattr(X, "target", None):
+                    columns.setdefault(name, _Column()).add(table[name])
         medians: dict[str, float] = {}
         gaps: list[str] = []
         categories: dict[str, list[str]] = {}
-        for name in table.columns:
-            if _holds_numbers(table[name]):
-                numbers = _numbers(table[name])
-                present = numbers[~np.isnan(numbers)]
-                medians[name] = float(np.median(present)) if len(present) else 0.0
-                if len(present) < len(numbers):
+        for name, column in columns.items():
+            if column.counts is None:
+                medians[name] = column.median()
+                if column.has_gaps:
                     gaps.append(name)
             else:
-                categories[name] = self._frequent(_text(table[name]))
+                categories[name] = self._frequent(column.counts)
         if not medians and not any(categories.values()):
             raise DataError(
                 "TablePreprocessor: no column can be used; all hold text of which no value comes "
                 f"{self.min_frequency} times."
             )
-        self.columns_ = list(table.columns)
+        self.columns_ = list(columns)
         self.medians_, self.gaps_, self.categories_ = medians, gaps, categories
         self.n_features_in_ = len(self.columns_)
         return self
 
-    def _frequent(self, text: pd.Series) -> list[str]:
-        counts = text.value_counts()
-        counts = counts[counts >= self.min_frequency]
-        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    def _frequent(self, counts: Counter[str]) -> list[str]:
+        often = [item for item in counts.items() if item[1] >= self.min_frequency]
+        ranked = sorted(often, key=lambda item: (-item[1], item[0]))
         return sorted(str(name) for name, _ in ranked[: self.max_categories])
 
     def transform(self, X: Any) -> np.ndarray:
@@ -212,12 +223,50 @@ class TablePreprocessor(TransformerMixin, BaseEstimator):
         return tags
 
 
+class _Column:
+    """What is learned of a column, chunk by chunk."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] | None = None
+        self.has_gaps = False
+        self._sample: list[np.ndarray] = []
+        self._n = 0
+        self._rng = np.random.default_rng(0)
+
+    def add(self, column: pd.Series) -> None:
+        if self._n == 0 and self.counts is None and not _holds_numbers(column):
+            self.counts = Counter()
+        if self.counts is not None:
+            found = _text(column).value_counts()
+            self.counts.update(dict(zip(found.index, found.tolist(), strict=True)))
+            if len(self.counts) > _MAX_TEXTS:  # of names and the like, only the frequent matter
+                self.counts = Counter(dict(self.counts.most_common(_MAX_TEXTS // 2)))
+            return
+        numbers = _numbers(column)
+        present = numbers[~np.isnan(numbers)]
+        self.has_gaps = self.has_gaps or len(present) < len(numbers)
+        self._n += len(present)
+        self._sample.append(present)
+        if self._n > _MEDIAN_ROWS:
+            # Each row so far is in the sample with the same probability.
+            share = _MEDIAN_ROWS / self._n
+            new = present[self._rng.random(len(present)) < share]
+            old = np.concatenate(self._sample[:-1])
+            room = max(0, min(len(old), _MEDIAN_ROWS - len(new)))
+            self._sample = [self._rng.choice(old, room, replace=False), new]
+
+    def median(self) -> float:
+        return float(np.median(np.concatenate(self._sample))) if self._n else 0.0
+
+
 def _category_name(column: str, category: str) -> str:
     return f"{column}={category}"
 
 
 def _as_table(X: Any) -> pd.DataFrame:
     """Table with unique string column names; those of an array are x0, x1, …."""
+    if not isinstance(X, pd.DataFrame) and hasattr(X, "__dataframe__"):  # of another library
+        X = pd.api.interchange.from_dataframe(X)
     if not isinstance(X, pd.DataFrame):
         array = check_array(X, dtype=None, ensure_all_finite=False, estimator="TablePreprocessor")
         return pd.DataFrame(array, columns=[f"x{j}" for j in range(array.shape[1])])
@@ -244,6 +293,10 @@ def _holds_numbers(column: pd.Series) -> bool:
 
 def _numbers(column: pd.Series) -> np.ndarray:
     """Values as float64 with NaN for gaps; text is parsed."""
+    if column.dtype.kind in "iuf" and isinstance(column.dtype, np.dtype):
+        numbers = column.to_numpy(dtype=np.float64)
+        if not np.isinf(numbers).any():
+            return numbers
     parsed = pd.to_numeric(column.astype(object), errors="coerce")
     numbers = np.asarray(parsed, dtype=np.float64)
     bad = np.flatnonzero((np.isnan(numbers) & ~column.isna().to_numpy()) | np.isinf(numbers))
@@ -317,13 +370,18 @@ class TableModel(MetaEstimatorMixin, BaseEstimator):
         self.estimator = estimator
         self.preprocessor = preprocessor
 
-    def fit(self, X: Any, y: ArrayLike) -> Self:
+    def fit(self, X: Any, y: ArrayLike | None = None, *, resume: bool = False) -> Self:
         """Fit the preprocessor and the estimator.
 
         Parameters
         ----------
-        X : DataFrame or array-like of shape (n, d)
+        X : DataFrame, array-like of shape (n, d) or TableStream
+            A :class:`uq.TableStream` is read in chunks, again for each epoch, and holds no rows
+            out for ``patience``.
         y : array-like of shape (n,), or (n, m) for several outputs of a regressor
+            Left out for a stream, which names its target.
+        resume : bool, default=False
+            Go on from the estimator's ``checkpoint_dir``.
 
         Raises
         ------
@@ -331,9 +389,45 @@ class TableModel(MetaEstimatorMixin, BaseEstimator):
             If values of ``y`` are missing, or are text for a regressor.
         """
         self.preprocessor_ = clone(self.preprocessor or TablePreprocessor()).fit(X)
-        array = self.preprocessor_.transform(X)
-        self.estimator_ = clone(self.estimator).fit(array, self._target(y))
+        model = clone(self.estimator)
+        options = {"resume": True} if resume else {}
+        if isinstance(X, TableStream):
+            self.estimator_ = model.fit(self._chunks(X, y), **options)
+        else:
+            array = self.preprocessor_.transform(X)
+            self.estimator_ = model.fit(array, self._target(y), **options)
         return self
+
+    def _chunks(self, stream: TableStream, y: Any) -> RowChunks:
+        target = stream.target
+        if target is None or y is not None:
+            raise DataError(
+                "TableModel: a stream brings its target: TableStream(path, target=...), and no y."
+            )
+
+        def read(order: np.random.Generator | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for frame in stream.frames(columns=[*self.preprocessor_.columns_, target], order=order):
+                X, labels = split_target(frame, target)
+                yield self.preprocessor_.transform(X), self._target(labels)
+
+        return RowChunks(read)
+
+    def predict_batches(self, X: Any, batch_rows: int = 8192) -> Iterator[Predictive]:
+        """Predict in batches: the rows of a :class:`uq.TableStream`, or of a table.
+
+        Parameters
+        ----------
+        X : DataFrame, array-like of shape (n, d) or TableStream
+        batch_rows : int, default=8192
+            Rows predicted at once.
+
+        Yields
+        ------
+        Predictive
+            What :meth:`predict_distribution` gives for the next rows.
+        """
+        for rows in row_batches(X, batch_rows):
+            yield self.predict_distribution(rows)
 
     def predict_distribution(self, X: Any) -> Predictive:
         """Return the predictive distribution; it keeps the index of a DataFrame."""
