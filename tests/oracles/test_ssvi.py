@@ -32,7 +32,7 @@ from uq.nn.ssvi import (
     sparsify,
 )
 from uq.nn.ssvi_compact import compact, densify
-from uq.nn.ssvi_products import Pattern, sparse_product
+from uq.kernels.sparse_linear import Pattern, sparse_product
 
 MLP = [(64, 48), (48, 32), (32, 10)]
 
@@ -626,7 +626,7 @@ def test_compact_layers_of_every_kind(make, shape):
 def test_training_by_compressed_rows_is_training_by_dense_products(same_noise, monkeypatch):
     results = {}
     for limit in (1, 10**9):  # by rows, dense
-        monkeypatch.setattr("uq.nn.ssvi._MIN_WEIGHTS", limit)
+        monkeypatch.setattr("uq.kernels.sparse_linear.MIN_WEIGHTS", limit)
         net = spread(sparsify(mlp(), 0.15))
         set_same_noise(net, same_noise)
         assert net[0].by_rows == (limit == 1)

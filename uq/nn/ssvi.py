@@ -29,14 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uq.errors import ParameterError
-from uq.nn.ssvi_products import Pattern, can_compress, sparse_product
+from uq.kernels import local_reparam_linear, use_triton
+from uq.kernels.arguments import fresh_seed
+from uq.kernels.sparse_linear import Pattern, compression_pays, sparse_product
 
 ALLOCATIONS = ("uniform", "erdos_renyi")
 # Keeps the square root differentiable where an input is all zero.
 _VARIANCE_FLOOR = 1e-10
-# Where training through compressed rows beats dense products, measured on one core.
-_MAX_DENSITY = 0.2
-_MIN_WEIGHTS = 1 << 17
 
 
 # -- what a layer does with its weight ---------------------------------------------------------
@@ -177,12 +176,8 @@ class SparseGaussian(nn.Module):
     @property
     def by_rows(self) -> bool:
         """Whether products should go through compressed rows: on a CPU, sparse, large."""
-        return (
-            self._grown is None
-            and self.n_active <= _MAX_DENSITY * self.n
-            and self.n >= _MIN_WEIGHTS
-            and can_compress(self.mean)
-        )
+        size = self.shape[0], self.n // self.shape[0]
+        return self._grown is None and compression_pays(self.n_active, size, self.mean)
 
     def pattern(self) -> Pattern:
         """Active positions of a matrix, until the next exchange."""
@@ -194,6 +189,10 @@ class SparseGaussian(nn.Module):
     def mean_tensor(self) -> Tensor:
         """Means in the full shape."""
         return self.scatter(self.mean) if self._grown is None else self._grown
+
+    def std_tensor(self) -> Tensor:
+        """Standard deviations in the full shape."""
+        return self.scatter(self._kept(self.std))
 
     def variance_tensor(self) -> Tensor:
         """Variances in the full shape."""
@@ -275,6 +274,17 @@ class SparseGaussianLayer(nn.Module):
                 return self._by_rows(x, values)
             tensor = weight.sample() if self.training else weight.mean_tensor()
             return self.operation(x, tensor, self.bias)
+        if isinstance(self.operation, Product) and use_triton(x):
+            rows = x.reshape(-1, x.shape[-1])
+            out = local_reparam_linear(
+                rows,
+                weight.mean_tensor(),
+                weight.std_tensor(),
+                seed=fresh_seed(),
+                bias=self.bias,
+                floor=_VARIANCE_FLOOR,
+            )
+            return out.view(*x.shape[:-1], -1)
         mean, variance = self.moments(x)
         if not isinstance(self.operation, Product):
             # Fast convolutions may round a variance of zero to below it.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uq.nn.ssvi import Operation, Product, SparseGaussian, SparseGaussianLayer, swap
-from uq.nn.ssvi_products import can_compress, compressed
+from uq.kernels.sparse_linear import can_compress, compressed
 
 # Where products with compressed rows beat dense ones, measured on one core.
 _MAX_DENSITY = 0.12
