@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
-from uq.distributions import CategoricalMixture, NormalMixture, Predictive
+from uq.distributions import BarDistribution, CategoricalMixture, NormalMixture, Predictive
 from uq.errors import DataError, NoEpistemicError
 
 
@@ -28,7 +28,17 @@ def categorical(dtype, shape, n_draws=3):
     return CategoricalMixture(torch.randn(n_draws, *shape, 4, generator=g, dtype=dtype))
 
 
+def bars(dtype, shape):
+    g = torch.Generator().manual_seed(0)
+    borders = torch.tensor([-2.0, -1.0, 0.0, 0.25, 2.0, 3.0], dtype=dtype)
+    return BarDistribution(torch.randn(*shape, 5, generator=g, dtype=dtype), borders)
+
+
 CASES = {
+    "bars64": lambda: bars(torch.float64, (5,)),
+    "bars32": lambda: bars(torch.float32, (5,)),
+    "bars-outputs": lambda: bars(torch.float64, (5, 2)),
+    "bars-joint": lambda: bars(torch.float64, (5, 2)).joint(),
     "normal64": lambda: normal(torch.float64, (5,)),
     "normal32": lambda: normal(torch.float32, (5,)),
     "normal-tau": lambda: normal(torch.float64, (5,), tau=True),

@@ -382,7 +382,7 @@ class BarDistribution(RealPredictive):
         lead = value.shape[: value.ndim - len(shape)]
         flat = value.reshape(-1, *shape).movedim(0, -1)
         bucket = _bucket(self.borders, flat).movedim(-1, 0)
-        return value, bucket.reshape(*lead, *shape), self.borders
+        return value, bucket.reshape(lead + shape), self.borders
 
     def _at(self, per_bucket: Tensor, bucket: Tensor) -> Tensor:
         """Entries (*shape, K) of each row's bucket (..., *shape)."""
@@ -503,7 +503,7 @@ class BarDistribution(RealPredictive):
         levels = check_levels(q).to(self.borders.device)
         flat = levels.reshape(-1, *(1,) * len(self.batch_shape))
         out = self._inverse(flat.expand(-1, *self.batch_shape))
-        return self._cast(out.reshape(*levels.shape, *self.batch_shape))
+        return self._cast(out.reshape(levels.shape + self.batch_shape))
 
     def _inverse(self, u: Tensor) -> Tensor:
         """Values whose cdf is ``u`` (S, *batch[, m])."""
