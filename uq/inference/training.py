@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,10 @@ class TrainingResult:
     """Set when the loss ran off; the module holds the last good weights."""
 
 
-def make_fabric(device: str, precision: str) -> Fabric:
+STRATEGIES = ("auto", "ddp")
+
+
+def make_fabric(device: str, precision: str, strategy: str = "auto") -> Fabric:
     """Build the Lightning Fabric that places modules and tensors.
 
     Parameters
@@ -89,6 +93,14 @@ def make_fabric(device: str, precision: str) -> Fabric:
         "auto" (CUDA where there is one, otherwise the CPU), "cpu", "cuda" or "cuda:1".
     precision : {"32-true", "64-true", "bf16-mixed"}
         Lightning's names.
+    strategy : {"auto", "ddp"}, default="auto"
+        One process, or those that ``torchrun`` started.
+
+    Raises
+    ------
+    ParameterError
+        For a value that is none of these, a device that is not there, or "ddp" outside of
+        ``torchrun``.
     """
     from lightning_fabric import Fabric
 
@@ -111,13 +123,33 @@ def make_fabric(device: str, precision: str) -> Fabric:
         )
     if place.type not in ("cpu", "cuda"):
         raise ParameterError(f"device must be on 'cpu' or 'cuda', got {device!r}.")
+    if strategy not in STRATEGIES:
+        raise ParameterError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
     devices: Any = [place.index or 0] if place.type == "cuda" else 1
+    several: dict[str, Any] = {}
+    if strategy == "ddp":
+        try:
+            world, local = (int(os.environ[k]) for k in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        except (KeyError, ValueError):
+            raise ParameterError(
+                "strategy='ddp' trains in the processes that torchrun starts: run the script by "
+                "`torchrun --nproc-per-node 2 script.py`."
+            ) from None
+        devices, several = local, {"strategy": "ddp", "num_nodes": world // local}
     # Lightning announces mixed precision at info level on every start.
     logger = logging.getLogger("lightning_fabric.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        return Fabric(accelerator=place.type, devices=devices, precision=precision)  # type: ignore[arg-type]
+        fabric = Fabric(
+            accelerator=place.type,
+            devices=devices,
+            precision=precision,  # type: ignore[arg-type]
+            **several,
+        )
+        if several:
+            fabric.launch()
+        return fabric
     finally:
         logger.setLevel(level)
 
@@ -241,7 +273,13 @@ def train(
     """
     from tqdm.auto import tqdm
 
-    run = fabric.setup_module(objective, move_to_device=False) if _wraps(fabric) else objective
+    shards = None
+    # An optimizer that averages over the processes itself wants gradients that are not.
+    averages = not getattr(optimizer, "sync", False)
+    if fabric.world_size > 1:
+        batches = shards = _Shards(batches, fabric.global_rank, fabric.world_size)
+    wraps = _is_mixed(fabric) or (shards is not None and averages)
+    run = fabric.setup_module(objective, move_to_device=False) if wraps else objective
     best = _Best([*objective.parameters(), *objective.buffers(), *extra_state])
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -259,6 +297,8 @@ def train(
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss: Tensor = run(*batch)
+        if shards is not None:
+            loss = loss * shards.factor
         fabric.backward(loss)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True)
@@ -281,6 +321,8 @@ def train(
         disable=verbose < 1,
     )
     objective.train()
+    if shards is not None:  # dropout is to differ between processes
+        torch.manual_seed(torch.initial_seed() + fabric.global_rank)
     started = False
     try:
         with _own_threads() as use_threads, stop_signals(at_a_step=saved is not None) as stop:
@@ -302,6 +344,9 @@ def train(
                     if stop.asked:
                         raise KeyboardInterrupt
                 train_loss = float(torch.stack(at.losses).mean())
+                if shards is not None:
+                    mean: Any = fabric.all_reduce(torch.tensor(train_loss).double())
+                    train_loss = float(mean)
                 held_out = None
                 if held_out_loss is not None and math.isfinite(train_loss):
                     held_out = _evaluate(objective, held_out_loss)
@@ -454,9 +499,29 @@ def warn_interrupted(what: str, kept: str) -> None:
     warnings.warn(f"{what}: interrupted; {kept}.", FitInterruptedWarning, stacklevel=3)
 
 
-def _wraps(fabric: Fabric) -> bool:
-    """Whether Fabric's wrapper does anything: it costs more than a small network's forward."""
-    return fabric.world_size > 1 or "mixed" in str(fabric._precision.precision)
+def _is_mixed(fabric: Fabric) -> bool:
+    return "mixed" in str(fabric._precision.precision)
+
+
+class _Shards:
+    """The rows of each batch that are this process's: every process goes through all batches."""
+
+    def __init__(self, batches: Batches, rank: int, world: int) -> None:
+        self.batches, self.rank, self.world = batches, rank, world
+        self.factor = 1.0
+        """Makes the mean over processes of mean losses the mean over the batch."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for tensors in self.batches:
+            mine = tuple(t[self.rank :: self.world] for t in tensors)
+            n, own = len(tensors[0]), len(mine[0])
+            if own == 0:  # a batch of fewer rows than processes: a row that counts nothing
+                mine = tuple(t[:1] for t in tensors)
+            self.factor = own * self.world / n
+            yield mine
 
 
 def _evaluate(objective: nn.Module, held_out_loss: Callable[[], float]) -> float:

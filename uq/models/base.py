@@ -161,6 +161,7 @@ class Estimator(BaseEstimator, ABC):
     patience: int | Literal["auto"] | None = None
     device: str = "auto"
     precision: str = "32-true"
+    strategy: str = "auto"
     random_state: Any = None
     callbacks: Sequence[Callback] = ()
     checkpoint_dir: str | Path | None = None
@@ -285,9 +286,14 @@ class Estimator(BaseEstimator, ABC):
             If the loss ran off. The last good weights are kept: the estimator can predict.
         """
         self._check_parameters()
-        fabric = make_fabric(self.device, self.precision)
+        if self.strategy != "auto" and not self._trains_in_processes:
+            raise ParameterError(
+                f"{type(self).__name__}: strategy must be 'auto': this method trains in one "
+                f"process, got {self.strategy!r}."
+            )
+        fabric = make_fabric(self.device, self.precision, self.strategy)
         root = int(check_random_state(self.random_state).randint(2**31))
-        checkpoints = self._open_checkpoints(root, resume)
+        checkpoints = self._open_checkpoints(root, resume, fabric)
         if checkpoints is not None:
             root = checkpoints.run["seed"]
         words = np.random.SeedSequence(root).generate_state(5)
@@ -316,7 +322,7 @@ class Estimator(BaseEstimator, ABC):
             raise result.error
         return self
 
-    def _open_checkpoints(self, root: int, resume: bool) -> Checkpoints | None:
+    def _open_checkpoints(self, root: int, resume: bool, fabric: Fabric) -> Checkpoints | None:
         if self.checkpoint_dir is None:
             if resume:
                 raise ParameterError(
@@ -325,10 +331,13 @@ class Estimator(BaseEstimator, ABC):
                 )
             return None
         # These neither change the result nor stand in the way of another machine.
-        aside = ("checkpoint_dir", "checkpoint_every", "callbacks", "device", "verbose")
+        aside = ("checkpoint_dir", "checkpoint_every", "callbacks", "device", "strategy", "verbose")
         params = {k: v for k, v in self.get_params(deep=False).items() if k not in aside}
         run = describe_run(type(self).__name__, params, root)
-        return Checkpoints(self.checkpoint_dir, self.checkpoint_every, resume=resume, run=run)
+        folder = Path(self.checkpoint_dir)
+        if fabric.world_size > 1:
+            folder /= f"process-{fabric.global_rank}"
+        return Checkpoints(folder, self.checkpoint_every, resume=resume, run=run)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -348,6 +357,11 @@ class Estimator(BaseEstimator, ABC):
         """Raise a DataError that points at the first value that cannot be used."""
         values = np.where(np.isnan(X), 0, X) if self._takes_missing else X
         check_finite(values, where, getattr(self, "feature_names_in_", None))
+
+    @property
+    def _trains_in_processes(self) -> bool:
+        """Whether averaging the gradients of several processes is all that the method needs."""
+        return False
 
     @property
     def _held_out_share(self) -> float:

@@ -38,6 +38,9 @@ patience : int, "auto" or None, default={patience}
         "cpu", "cuda", "cuda:1"; "auto" takes CUDA where there is one.
     precision : {{"32-true", "64-true", "bf16-mixed"}}, default="32-true"
         Arithmetic of training, in Lightning's names.
+    strategy : {{"auto", "ddp"}}, default="auto"
+        "ddp" trains in the processes that ``torchrun`` started, each on its share of every batch;
+        MAP, ensembles, IVON, VBLL and evidential learning can.
     random_state : int, RandomState or None, default=None
         Seed of everything random; the same seed gives the same bits on the same device. None
         draws one from NumPy's global generator, as scikit-learn does.

@@ -59,6 +59,10 @@ class _Ensemble(PointEstimator):
         super()._check_parameters()
         check_number(self, "n_members", at_least=2, integer=True)
 
+    @property
+    def _trains_in_processes(self) -> bool:
+        return True
+
     def _infer(self, data: TrainingData) -> tuple[DrawsPosterior, TrainingResult]:
         networks: list[Network] = []
         for network in initial_networks(self, self.n_members, data):

@@ -133,6 +133,10 @@ class _Evidential(Estimator):
             return _FROZEN_EPOCHS
         return super()._n_epochs(data)
 
+    @property
+    def _trains_in_processes(self) -> bool:
+        return True
+
     def _infer(self, data: TrainingData) -> tuple[EvidentialPosterior, TrainingResult]:
         posterior = self._build_posterior(data.seeds.predict).to(data.fabric.device)
         network: Any = posterior.network

@@ -115,6 +115,10 @@ class _IVON(Estimator):
                 f"inside the prior), got {self.init_std!r} > {self.prior_scale!r}."
             )
 
+    @property
+    def _trains_in_processes(self) -> bool:
+        return True
+
     def _infer(
         self, data: TrainingData
     ) -> tuple[NormalPosterior | MixturePosterior, TrainingResult]:
@@ -153,7 +157,9 @@ class _IVON(Estimator):
             network.parameters(),
             n_effective=data.n_effective,
             n_steps=n_steps,
-            generator=data.generator(data.seeds.noise + i),
+            # Each process has noise of its own, and IVON averages over them itself.
+            generator=data.generator(data.seeds.noise + i + (data.fabric.global_rank << 32)),
+            sync=data.fabric.world_size > 1,
             lr=self.lr,
             prior_scale=self.prior_scale,
             init_std=self.init_std,

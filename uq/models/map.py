@@ -50,6 +50,10 @@ class PointEstimator(Estimator):
 
 @estimator
 class _MAP(PointEstimator):
+    @property
+    def _trains_in_processes(self) -> bool:
+        return True
+
     def _infer(self, data: TrainingData) -> tuple[DrawsPosterior, TrainingResult]:
         network = self._network()
         result = self._fit_network(network, data)

@@ -148,6 +148,10 @@ class _VBLL(Estimator):
             return BayesianFeaturesPosterior(body, head, {}, seed)
         return LastLayerPosterior(body, head, seed)
 
+    @property
+    def _trains_in_processes(self) -> bool:
+        return self.features == "trained"
+
     def _infer(self, data: TrainingData) -> tuple[LastLayerPosterior, TrainingResult]:
         posterior = self._build_posterior(data.seeds.predict).to(data.fabric.device)
         frozen = self.features == "frozen"
