@@ -25,7 +25,10 @@ Normals come from 31-bit uniforms and end at |z| = 5.678: the tails beyond have 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,15 +190,17 @@ def check_counters(n: int, offset: int, first: int, count: int, stream: int, ste
 def words(
     seed: int, c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words at each counter, as int64 tensors of the counters' common shape.
-
-    Torch has no unsigned 32-bit arithmetic; a product of two words wraps modulo 2⁶⁴ in int64, and
-    its halves, masked, are right all the same.
-    """
+    """Four words at each counter, as int64 tensors of the counters' common shape."""
     seed &= (1 << 64) - 1
-    k0, k1 = seed & MASK, seed >> 32
-    a, b, c, d = c0 & MASK, c1, c2, c3
-    b, c, d = (torch.as_tensor(x, dtype=torch.int64, device=c0.device) & MASK for x in (b, c, d))
+    b, c, d = (torch.as_tensor(x, dtype=torch.int64, device=c0.device) & MASK for x in (c1, c2, c3))
+    return _rounds(seed & MASK, seed >> 32, c0 & MASK, b, c, d)
+
+
+def _rounds(
+    k0: Any, k1: Any, a: Tensor, b: Tensor, c: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Torch has no unsigned 32-bit arithmetic. A product of two words wraps modulo 2⁶⁴ in int64;
+    # its halves, masked, are right all the same.
     for _ in range(10):
         p, q = _ROUND_A * a, _ROUND_B * c
         a, b, c, d = (q >> 32 & MASK) ^ b ^ k0, q & MASK, (p >> 32 & MASK) ^ d ^ k1, p & MASK
@@ -215,13 +220,24 @@ def unit64(word: Tensor) -> Tensor:
 
 def normals(seed: int, c0: Tensor, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int) -> Tensor:
     """Four normals at each counter, stacked on a first axis."""
-    u = [unit(w) for w in words(seed, c0, c1, c2, c3)]
-    found = []
-    for one, two in ((u[0], u[1]), (u[2], u[3])):
-        r = torch.sqrt(-2 * torch.log(one.clamp_min(_SMALLEST)))
-        t = _TWO_PI * two
-        found += [r * t.cos(), r * t.sin()]
-    return torch.stack(found)
+    w0, w1, w2, w3 = words(seed, c0, c1, c2, c3)
+    return _box_muller(*_arguments(w0, w1, w2, w3))
+
+
+def _arguments(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> tuple[Tensor, Tensor]:
+    """Arguments of the logarithm and of cosine and sine, each for the two pairs."""
+    u = torch.stack((unit(w0), unit(w2))).clamp_min(_SMALLEST)
+    return u, _TWO_PI * torch.stack((unit(w1), unit(w3)))
+
+
+def _box_muller(u: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
+    """Normals of the two pairs, in the order of the samples. Takes over u and t."""
+    if out is None:
+        out = u.new_empty(4, *u.shape[1:])
+    r = u.log_().mul_(-2).sqrt_()
+    torch.mul(r, t.cos(), out=out[0::2])
+    torch.mul(r, t.sin_(), out=out[1::2])
+    return out
 
 
 def sample_normals(
@@ -236,9 +252,28 @@ def sample_normals(
 ) -> Tensor:
     """Noise of ``count`` samples from ``first`` for n elements from ``offset``: (count, n) float32.
 
-    Kernel on CUDA, reference elsewhere.
+    Kernel on CUDA, reference elsewhere. To ``torch.compile`` it is one operator.
     """
     check_counters(n, offset, first, count, stream, step)
+    seed &= (1 << 64) - 1
+    seed -= seed >> 63 << 64  # operators take signed integers
+    if torch.compiler.is_compiling():
+        return torch.ops.uq.sample_normals(
+            seed, n, first, count, stream, step, torch.device(device or "cpu"), offset
+        )
+    return _sample_normals(seed, n, first, count, stream, step, device, offset)
+
+
+def _sample_normals(
+    seed: int,
+    n: int,
+    first: int,
+    count: int,
+    stream: int,
+    step: int,
+    device: torch.device | str | None,
+    offset: int,
+) -> Tensor:
     out = torch.empty(count, n, device=device)
     if not out.numel():
         return out
@@ -250,9 +285,114 @@ def sample_normals(
             out, seed, low, stream, step, offset, n, first % 4, count, BLOCK=_BLOCK
         )
         return out
-    index = torch.arange(offset, offset + n, device=out.device)
-    for group in range(low, low + groups):
-        begin, end = max(first, 4 * group), min(first + count, 4 * group + 4)
-        four = normals(seed, index, group, stream, step)
-        out[begin - first : end - first] = four[begin - 4 * group : end - 4 * group]
+    on_cpu = out.device.type == "cpu"
+    blocks = _CPU_BLOCK if on_cpu else n
+    arguments = _compiled(4 * groups * n) if on_cpu else None
+    for start in range(0, n, blocks):
+        stop = min(start + blocks, n)
+        index = torch.arange(offset + start, offset + stop, device=out.device)
+        for group in range(low, low + groups):
+            if arguments is None:
+                u, t = _arguments(*words(seed, index, group, stream, step))
+            else:
+                u, t = arguments(index, *_counters(seed, group, stream, step))
+            begin, end = max(first, 4 * group), min(first + count, 4 * group + 4)
+            place = out[begin - first : end - first, start:stop]
+            if len(place) == 4:
+                _box_muller(u, t, place)
+            elif len(place) == 1:
+                pair, sine = divmod(begin % 4, 2)
+                angle = t[pair].sin_() if sine else t[pair].cos_()
+                torch.mul(u[pair].log_().mul_(-2).sqrt_(), angle, out=place[0])
+            else:
+                place.copy_(_box_muller(u, t)[begin - 4 * group : end - 4 * group])
     return out
+
+
+@torch.library.custom_op("uq::sample_normals", mutates_args=())
+def _operator(
+    seed: int,
+    n: int,
+    first: int,
+    count: int,
+    stream: int,
+    step: int,
+    device: torch.device,
+    offset: int,
+) -> Tensor:
+    return _sample_normals(seed, n, first, count, stream, step, device, offset)
+
+
+@_operator.register_fake
+def _(
+    seed: int,
+    n: int,
+    first: int,
+    count: int,
+    stream: int,
+    step: int,
+    device: torch.device,
+    offset: int,
+) -> Tensor:
+    return torch.empty(count, n, device=device)
+
+
+# -- compiled reference ------------------------------------------------------------------------
+#
+# The integer part is compiled: a loop over vectors of words in place of eighty passes through
+# memory. Logarithm, cosine and sine stay torch's own, so that a number does not change its last
+# bit with the moment of compilation.
+
+# Elements of a block on the CPU: what it works on stays in the second-level cache.
+_CPU_BLOCK = 2**16
+# Numbers made before the reference is compiled. The usual rule for renting or buying: by then as
+# long was spent on them as compilation takes, some ten seconds.
+_BEFORE_COMPILATION = 2**28
+
+_made = 0
+_arguments_compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+_cannot_compile = False
+
+
+def compile_reference() -> bool:
+    """Compile the CPU path now; by default that waits until 2²⁸ numbers were drawn.
+
+    Returns
+    -------
+    bool
+        Whether that worked; it needs a C++ compiler. The numbers are the same either way.
+    """
+    global _arguments_compiled, _cannot_compile
+    if _arguments_compiled is None and not _cannot_compile:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compiled = torch.compile(_counted_arguments, dynamic=True)
+                for n in (2, _CPU_BLOCK):
+                    compiled(torch.arange(n), *_counters(1, 2, 3, 4))
+            _arguments_compiled = compiled
+        except Exception:  # whatever the compiler's trouble is, the slower path is right
+            _cannot_compile = True
+    return _arguments_compiled is not None
+
+
+def _compiled(n: int) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The compiled reference, where there is one; counts n more numbers towards having it."""
+    global _made
+    _made += n
+    if _arguments_compiled is None and _made >= _BEFORE_COMPILATION:
+        compile_reference()
+    return _arguments_compiled
+
+
+def _counters(seed: int, group: int, stream: int, step: int) -> tuple[Tensor, ...]:
+    """Key and counters as tensors: numbers would be compiled in."""
+    seed &= (1 << 64) - 1
+    values = torch.tensor([seed & MASK, seed >> 32, group, stream, step])
+    return values.unbind()
+
+
+def _counted_arguments(
+    c0: Tensor, k0: Tensor, k1: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _arguments(*_rounds(k0, k1, c0, c1, c2, c3))
