@@ -433,3 +433,12 @@ def test_full_disk_behind_stdout(model, capsys, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert _error(capsys, "predict", model, "sold.csv") == (1, "No space left on device")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_predict_in_batches_writes_what_it_writes_at_once(model, monkeypatch, suffix):
+    read = pd.read_csv if suffix == "csv" else pd.read_parquet
+    for rows in (8192, 7):
+        monkeypatch.setattr("uq.cli._BATCH_ROWS", rows)
+        assert main(["predict", model, "sold.csv", "--out", f"{rows}.{suffix}"]) == 0
+    pd.testing.assert_frame_equal(read(f"8192.{suffix}"), read(f"7.{suffix}"), rtol=1e-6)

@@ -9,13 +9,14 @@ from __future__ import annotations
 # torch, pandas and the estimators are imported by the handlers: `uq --help` answers at once.
 import argparse
 import ast
+import itertools
 import json
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from uq.distributions import Predictive
 
 
+_BATCH_ROWS = 8192  # predicted at once
 _GROUP_VALUES = 10  # distinct numbers that are groups as they are
 
 
@@ -316,22 +318,65 @@ def _predict(args: argparse.Namespace) -> None:
         if args.out.suffix.lower() not in (".csv", ".parquet"):
             raise UsageError(f"--out must end in .csv or .parquet, got {args.out}")
         _check_file(args.out)
-    from uq.distributions import ClassPredictive
-    from uq.files import write_atomically
+    from uq.files import writing
 
-    dist = _load(args.model).predict_distribution(_features(args.data))
-    labels = isinstance(dist, ClassPredictive)
-    frame = _label_frame(dist) if labels else _number_frame(dist, args.coverage)
-    # Row labels are worth a column; a plain count of the rows is not.
-    named = dist.index is not None and not _is_row_number(dist.index)
-    if named and frame.index.name is None:
-        frame.index.name = "row"
+    model = _load(args.model)
+    frames = _prediction_frames(model, args)
+    first, named = next(frames)  # a mistake shows before a file is touched
+    every = itertools.chain([first], (frame for frame, _ in frames))
     if args.out is None:
-        frame.to_csv(sys.stdout, index=named, float_format="%.9g", lineterminator="\n")
-    elif args.out.suffix.lower() == ".csv":
-        write_atomically({args.out: frame.to_csv(index=named, float_format="%.9g").encode()})
-    else:
-        write_atomically({args.out: frame.to_parquet(index=named)})
+        for i, frame in enumerate(every):
+            frame.to_csv(
+                sys.stdout,
+                index=named,
+                header=i == 0,
+                float_format="%.9g",
+                lineterminator="\n",
+            )
+        return
+    with writing(args.out) as file:
+        if args.out.suffix.lower() == ".csv":
+            for i, frame in enumerate(every):
+                frame.to_csv(file, index=named, header=i == 0, float_format="%.9g")
+        else:
+            _write_parquet(file, every, named)
+
+
+def _prediction_frames(model: Any, args: argparse.Namespace) -> Iterator[tuple[pd.DataFrame, bool]]:
+    """Predictions of a few thousand rows at a time, and whether the rows have labels."""
+    from uq.data import DATASETS, load_dataset
+    from uq.distributions import ClassPredictive
+    from uq.streams import TableStream, row_batches
+
+    # A file may be larger than memory, and its predictions are larger than it.
+    rows = load_dataset(args.data).X if args.data in DATASETS else TableStream(args.data)
+    named, start = False, 0
+    for i, part in enumerate(row_batches(rows, _BATCH_ROWS)):
+        dist = model.predict_distribution(part)
+        labels = isinstance(dist, ClassPredictive)
+        frame = _label_frame(dist) if labels else _number_frame(dist, args.coverage)
+        if i == 0:
+            # Row labels are worth a column; a plain count of the rows is not.
+            named = dist.index is not None and not _is_row_number(dist.index)
+        if named and frame.index.name is None:
+            frame.index.name = "row"
+        if not named:
+            frame.index = range(start, start + len(frame))
+            start += len(frame)
+        yield frame, named
+
+
+def _write_parquet(file: Any, frames: Iterable[pd.DataFrame], named: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    for frame in frames:
+        table = pa.Table.from_pandas(frame, preserve_index=named)
+        writer = writer or pq.ParquetWriter(file, table.schema)
+        writer.write_table(table.cast(writer.schema))
+    if writer is not None:
+        writer.close()
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, cast
 
-from uq.errors import SaveError
+from uq.errors import SaveError, UQError
 
 
 def write_atomically(files: Mapping[str | Path, bytes]) -> None:
@@ -51,4 +53,36 @@ def write_atomically(files: Mapping[str | Path, bytes]) -> None:
         ) from error
     finally:  # after an interrupt, too
         for temporary, _ in written:
+            Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file to be written bit by bit: it takes its place only when all went well.
+
+    Raises
+    ------
+    SaveError
+        With the reason; whatever was at ``path`` before is unchanged.
+    """
+    path = Path(path)
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary: str | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".uq-", delete=False) as file:
+            temporary = file.name
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error, UQError):
+            raise
+        raise SaveError(
+            error.errno, f"cannot write {str(path)!r}: {error.strerror or error}"
+        ) from error
+    finally:  # after an interrupt, too
+        if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
