@@ -442,3 +442,69 @@ def test_predict_in_batches_writes_what_it_writes_at_once(model, monkeypatch, su
         monkeypatch.setattr("uq.cli._BATCH_ROWS", rows)
         assert main(["predict", model, "sold.csv", "--out", f"{rows}.{suffix}"]) == 0
     pd.testing.assert_frame_equal(read(f"8192.{suffix}"), read(f"7.{suffix}"), rtol=1e-6)
+
+
+# -- pretrain ------------------------------------------------------------------------------------
+
+_SMALL = [
+    "d_model=16",
+    "n_layers=2",
+    "n_heads=2",
+    "n_buckets=20",
+    "rows_per_step=300",
+    "log_entries=2",
+]
+
+
+def _pretrain(*more, out="net.safetensors"):
+    settings = [word for text in _SMALL for word in ("--set", text)]
+    return ["pretrain", "--prior", "gp", "--out", out, "--steps", "4", *settings, *more]
+
+
+def test_pretrain_writes_a_network_and_a_card_and_goes_on_from_them(capsys):
+    from uq.nn import load_pfn
+
+    assert main(_pretrain("--seed", "3")) == 0
+    said = capsys.readouterr()
+    assert "4 steps" in said.out
+    assert "step 4/4" in said.err
+    model, meta = load_pfn("net.safetensors")
+    assert model.config.d_model == 16
+    (run,) = meta["runs"]
+    assert run["command"].startswith(
+        "uq pretrain --prior gp --steps 4 --seed 3 --out net.safetensors --set d_model=16"
+    )
+    card = Path("net.md").read_text()
+    assert run["command"] in card
+    assert "exact posterior" in card
+    held_out = run["log"][-1]["held_out"]["mean"]
+    assert f"{held_out:.3f}" in card
+    # A finished run that is resumed has nothing left to do.
+    assert main(_pretrain("--seed", "3", "--resume", "--quiet")) == 0
+    assert capsys.readouterr().err == ""
+    again, _ = load_pfn("net.safetensors")
+    assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    more = ["--steps", "2", "--init", "net.safetensors", "--set", "rows_per_step=300", "--quiet"]
+    assert main(["pretrain", "--prior", "gp", "--out", "two.safetensors", *more]) == 0
+    assert len(load_pfn("two.safetensors")[1]["runs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--set", "d_modle=3"], 2, "no setting 'd_modle'; did you mean 'd_model'"),
+        (["--set", "steps=3"], 2, "no setting 'steps'"),
+        (["--prior", "gauss"], 1, "gauss"),
+        (["--out", "net.pt"], 2, "must end in .safetensors"),
+        (["--out", "no/net.safetensors"], 1, "does not exist"),
+        (["--steps", "0"], 2, "whole number from 1"),
+        (["--init", "none.safetensors"], 1, "none.safetensors"),
+        (["--set", "lr=-1.0"], 1, "lr must be"),
+    ],
+)
+def test_pretrain_says_what_is_wrong(capsys, more, code, message):
+    assert main([*_pretrain(), *more]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert message in said.err
+    assert said.err.count("\n") == 1

@@ -241,7 +241,7 @@ class Run:
     def _trivial(self, y: Tensor, n: int) -> float:
         if self.contexts.task == "classification":
             n_classes = self.contexts.max_classes
-            codes, present = dense_labels(y, n, n_classes)
+            codes, present = dense_labels(y, n if self.contexts.scaled else 0, n_classes)
             counts = F.one_hot(codes[:, :n], n_classes).sum(1) + 1.0
             share = torch.where(present, counts, 0.0)
             log_p = (share / share.sum(1, keepdim=True)).log()

@@ -439,7 +439,7 @@ class PFNScaling:
         if self.config.scaled:
             size = z.abs()
             z = torch.where(size > 4, z.sign() * (4 + (size - 3).clamp_min(1).log()), z)
-        factor = (width / self.used.sum(-1, keepdim=True).clamp_min(1)).sqrt()
+        factor = (width / self.used.sum(-1, keepdim=True).clamp_min(1).to(z.dtype)).sqrt()
         where = self.order.expand(X.shape)
         z, missing = z.gather(-1, where), missing.gather(-1, where)
         pad = (0, width - X.shape[-1])
