@@ -22,6 +22,7 @@ from uq.inference.ssvi import (
     replaced_share,
     set_same_noise,
 )
+from uq.kernels.sparse_linear import Pattern, sparse_product
 from uq.nn.ssvi import (
     SparseGaussian,
     SparseGaussianLayer,
@@ -32,7 +33,6 @@ from uq.nn.ssvi import (
     sparsify,
 )
 from uq.nn.ssvi_compact import compact, densify
-from uq.kernels.sparse_linear import Pattern, sparse_product
 
 MLP = [(64, 48), (48, 32), (32, 10)]
 

@@ -17,9 +17,11 @@ from torch.func import functional_call, vmap
 
 from uq.distributions import NormalMixture, Predictive, mixture
 from uq.distributions.classification import CategoricalMixture
+from uq.kernels import use_triton
 from uq.nn.bayesian import BayesianNetwork, normal_guide
 from uq.nn.network import Network
 from uq.nn.priors import NormalPrior
+from uq.nn.sampled import sampled_network
 from uq.nn.vbll import BayesianLastLayer
 
 Weights = dict[str, Tensor]
@@ -85,8 +87,11 @@ class WeightPosterior(Posterior):
     def forward(self, x: Tensor, n_samples: int = 64) -> Predictive:
         """Mixture over ``n_samples`` weight draws (all of them where there are fewer)."""
         n = n_samples if self.max_draws is None else self.max_draws
-        draw = self.sampler(n, self.generator(x.device))
-        return self.network.likelihood.predictive(monte_carlo(self.network, draw, n, x))
+        return self.network.likelihood.predictive(self.outputs(x, n))
+
+    def outputs(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
+        """What the network gives under n weight draws, draws first."""
+        return monte_carlo(self.network, self.sampler(n, self.generator(x.device)), n, x)
 
     def functions(self, x: Tensor, n: int) -> Tensor:
         """Draw weights; see :meth:`Posterior.functions`."""
@@ -184,6 +189,17 @@ class NormalPosterior(WeightPosterior):
         means = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
         return BayesianNetwork(self.network, prior), normal_guide(means, self.stds)
 
+    def outputs(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
+        """What the network gives under n weight draws; a GPU draws those of linear layers in place.
+
+        Its noise is counted: draws that :meth:`sampler` gives are others, of the same law.
+        """
+        if use_triton(x):
+            drawn = sampled_network(self.network, x, self.stds, int(self.seed))
+            if drawn is not None:
+                return monte_carlo(drawn.network, drawn.sampler(), n, x)
+        return super().outputs(x, n)
+
     def at_mean(self, x: Tensor) -> Predictive:
         """Predict with the mean weights alone: one forward pass, no epistemic uncertainty."""
         return self.network.likelihood.predictive(self.outputs_at_mean(x))
@@ -237,12 +253,7 @@ class MixturePosterior(Posterior):
 
     def forward(self, x: Tensor, n_samples: int = 64) -> Predictive:
         """Mixture over ``n_samples`` weight draws of each member."""
-        return self._mixture(
-            [
-                monte_carlo(m.network, m.sampler(n_samples, m.generator(x.device)), n_samples, x)
-                for m in self.members
-            ]
-        )
+        return self._mixture([m.outputs(x, n_samples) for m in self.members])
 
     def at_mean(self, x: Tensor) -> Predictive:
         """Mixture over the mean weights of the members: a deep ensemble."""

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from uq.errors import DataError, ParameterError
+from uq.kernels import use_triton
+from uq.kernels.sdm import MAX_K, Support, nearest_keys, scan, unpack, window
 
 MAX_Q = 2048
 """Largest q that is told apart: the authors' cap."""
@@ -109,7 +111,8 @@ def match(
     wide = max(float(h.abs().max()) for h in (queries, support)) * queries.shape[1] ** 0.5
     if torch.float64 in (queries.dtype, support.dtype) or wide > _MAX_NORM:
         queries, support = queries.double(), support.double()
-    search = _Search(support, labels, support_predictions)
+    fused = use_triton(queries, support) and queries.dtype != torch.float64
+    search = (_FusedSearch if fused else _Search)(support, labels, support_predictions)
     n, size = len(queries), _BLOCK[queries.device.type][0]
     parts = []
     for start in range(0, n, size):
@@ -272,6 +275,40 @@ class _Search:
         return q, d0.sqrt(), torch.where(nearest == n_support, -1, nearest)
 
 
+class _FusedSearch(_Search):
+    """The same on a GPU, where distances need no memory; what they leave open is settled alike."""
+
+    def __init__(self, support: Tensor, labels: Tensor, predictions: Tensor) -> None:
+        self.parts = support, labels, predictions
+        self.exact = support.double()
+        self.order = torch.arange(len(support), device=support.device)
+        self.group = torch.where(labels == predictions, labels, -1)
+        self.support = Support.of(support)
+        self.rounding = 4 * (support.shape[1] + 4) * float(torch.finfo(torch.float32).eps)
+
+    def __call__(
+        self, queries: Tensor, predictions: Tensor, exclude: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        keys = scan(queries, predictions, self.support, self.group, exclude)
+        closest, radius = (unpack(k)[0] for k in keys)
+        squares = self.support.centred(queries)[1]
+        reach = torch.where(radius.isinf(), closest, radius)
+        # As in _Search.
+        slack = 2 * self.rounding * (squares + (squares.sqrt() + 2 * reach.sqrt()) ** 2)
+        bounds = radius - slack, radius + slack, closest + slack
+        seen = window(queries, self.support, *bounds, exclude)
+        pairs = [(seen.query, seen.row, seen.near)]
+        found = self._settle(queries, predictions, radius, seen.closer, exclude, pairs)
+        if seen.full.any():  # many equal rows
+            some = seen.full
+            again = _Search(*self.parts)(
+                queries[some], predictions[some], None if exclude is None else exclude[some]
+            )
+            for all_of_them, part in zip(found, again, strict=True):
+                all_of_them[some] = part
+        return found
+
+
 def _grouped(labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Order that puts rows good for one class together, sizes of the groups, and their classes."""
     group = torch.where(labels == predictions, labels, -1)
@@ -314,6 +351,9 @@ def nearest_rows(
     if backend == "faiss":
         candidates, lowest = _faiss_candidates(h, s, n_candidates)
         unit = float(torch.finfo(torch.float32).eps)
+    elif backend == "torch" and n_candidates <= MAX_K and use_triton(queries, support):
+        squared, candidates = unpack(nearest_keys(queries, Support.of(support), n_candidates))
+        lowest, unit = squared.double(), float(torch.finfo(torch.float32).eps)
     elif backend == "torch":
         size = max(1, (1 << 21) // len(s))
         found = [torch.cdist(part, s).topk(n_candidates, largest=False) for part in h.split(size)]

@@ -17,8 +17,10 @@ from torch.func import functional_call
 from uq.distributions import Predictive
 from uq.errors import ParameterError
 from uq.inference.posterior import NormalPosterior, WeightPosterior, Weights, monte_carlo
+from uq.kernels import use_triton
 from uq.nn.network import Network
-from uq.nn.ssvi import SparseGaussian, count_active, layer_densities, sparse_weights
+from uq.nn.sampled import sampled_network
+from uq.nn.ssvi import Product, SparseGaussian, count_active, layer_densities, sparse_weights
 from uq.nn.ssvi_compact import CompactLayer, compact_weights, densify
 
 # Rows that go through compressed rows at once: their activations should stay in the cache.
@@ -62,12 +64,27 @@ class SparsePosterior(WeightPosterior):
 
     def forward(self, x: Tensor, n_samples: int = 64) -> Predictive:
         """Mixture over ``n_samples`` weight draws, by compressed rows where they are faster."""
-        draw = self.sampler(n_samples, self.generator(x.device))
+        return self.network.likelihood.predictive(self.outputs(x, n_samples))
+
+    def outputs(self, x: Tensor, n: int) -> tuple[Tensor, ...]:
+        """What the network gives under n weight draws; a GPU draws those of linear layers in place.
+
+        Its noise is counted: draws that :meth:`sampler` gives are others, of the same law.
+        """
+        draw = self.sampler(n, self.generator(x.device))
         if self.by_rows:
-            outputs = self._one_by_one(draw, n_samples, x)
-        else:
-            outputs = monte_carlo(self.network, draw, n_samples, x)
-        return self.network.likelihood.predictive(outputs)
+            return self._one_by_one(draw, n, x)
+        if use_triton(x):
+            stds = {f"{name}.mean": w.std for name, w in self._weights.items()}
+            layers = {
+                m: (m.weight.dense(), m.weight.dense(m.weight.std), m.bias)
+                for m in self.network.modules()
+                if isinstance(m, CompactLayer) and isinstance(m.operation, Product)
+            }
+            drawn = sampled_network(self.network, x, stds, int(self.seed), layers)
+            if drawn is not None:
+                return monte_carlo(drawn.network, drawn.sampler(), n, x)
+        return monte_carlo(self.network, draw, n, x)
 
     def at_mean(self, x: Tensor) -> Predictive:
         """Predict with the mean weights alone: one forward pass, no epistemic uncertainty."""

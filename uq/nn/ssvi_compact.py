@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uq.nn.ssvi import Operation, Product, SparseGaussian, SparseGaussianLayer, swap
 from uq.kernels.sparse_linear import can_compress, compressed
+from uq.nn.ssvi import Operation, Product, SparseGaussian, SparseGaussianLayer, swap
 
 # Where products with compressed rows beat dense ones, measured on one core.
 _MAX_DENSITY = 0.12
