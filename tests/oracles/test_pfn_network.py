@@ -411,6 +411,22 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, prior):
         pretrain_pfn(prior, steps=12, out=out, resume=True, lr=1e-3, **sizes)
 
 
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path):
+    out = tmp_path / "net.safetensors"
+    whole, _ = pretrain_pfn("gp", steps=12, **TINY)
+
+    def die(state):
+        if state.step == 9:
+            raise MemoryError  # nothing is written on the way out
+
+    with pytest.raises(MemoryError):
+        pretrain_pfn("gp", steps=12, out=out, checkpoint_seconds=0.0, callbacks=[die], **TINY)
+    assert load_pfn(out)[1]["runs"][0]["steps_done"] == 8
+    again, _ = pretrain_pfn("gp", steps=12, out=out, resume=True, **TINY)
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_finished_network_is_continued_and_keeps_its_runs(tmp_path):
     first, second = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     pretrain_pfn("gp", steps=4, out=first, command="one", **TINY)
