@@ -36,6 +36,7 @@ from uq.inference.ivon_checks import (
     diagnose,
     warn_about,
 )
+from uq.inference.ivon_kernels import make_group
 from uq.inference.posterior import NormalPosterior
 from uq.nn.network import Network
 
@@ -75,7 +76,8 @@ class IVON(Optimizer):
         the noise of one process times a mean gradient would divide the curvature by their number.
     generator : torch.Generator, optional
         Source of the weight noise, on the parameters' device; torch's global one by default. Its
-        state is part of ``state_dict``.
+        state is part of ``state_dict``. On CUDA it gives one seed for each group; the noise is then
+        counted (:mod:`uq.kernels.philox`), and drawn again where the step needs it.
 
     Raises
     ------
@@ -175,7 +177,7 @@ class IVON(Optimizer):
         except ParameterError:
             self.param_groups.pop()
             raise
-        flat = FlatGroup(group["params"], group["hess_init"])
+        flat = make_group(group["params"], group["hess_init"], len(self._flat))
         self._flat.append(flat)
         self._publish(group, flat)
 
@@ -235,7 +237,7 @@ class IVON(Optimizer):
     @torch.no_grad()
     def _perturb(self) -> None:
         for group, flat in self._groups():
-            flat.perturb(group["ess"], group["weight_decay"], self.generator)
+            flat.perturb(group, self.generator)
 
     @torch.no_grad()
     def _restore(self) -> None:

@@ -79,9 +79,7 @@ class FlatGroup:
     def __init__(self, parameters: list[Tensor], init_hess: float) -> None:
         self.parameters = parameters
         like = parameters[0]
-        sizes = [p.numel() for p in parameters]
-        self.n = sum(sizes)
-        block = _BLOCK_ELEMENTS.get(like.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
+        self.n = sum(p.numel() for p in parameters)
 
         def vector(n: int, fill: float = 0.0) -> Tensor:
             return torch.full((n,), fill, dtype=like.dtype, device=like.device)
@@ -91,15 +89,10 @@ class FlatGroup:
             vector(self.n),
             vector(self.n),
         )
-        layout = list(_layout(parameters, block))
-        longest = max(n for _, _, n in layout)
-        longest_gathered = max((n for _, part, n in layout if part is None), default=0)
-        self.scratch = [vector(longest), vector(longest)]
-        self.gathered = [vector(longest_gathered), vector(longest_gathered)]
-        self.blocks, start = [], 0
-        for members, part, n in layout:
-            self.blocks.append(Block(self, members, part, start))
-            start += n
+        self.scratch: list[Tensor] = []
+        self.gathered: list[Tensor] = []
+        self.blocks: list[Block] = []
+        self._cut()
         self.hess_views, self.momentum_views = self._views(self.hess), self._views(self.momentum)
         # Sums over the samples of a step of gradient and of noise × gradient, and their number;
         # only where a step has several samples, or several processes.
@@ -111,12 +104,28 @@ class FlatGroup:
         # Running mean of x² (see update), for the diagnostics.
         self.squares = vector(1)[0]
 
+    def _cut(self) -> None:
+        """Lay out the blocks and their scratch memory."""
+        device = self.hess.device.type
+        layout = list(
+            _layout(self.parameters, _BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS_ELSEWHERE))
+        )
+        longest = max(n for _, _, n in layout)
+        longest_gathered = max((n for _, part, n in layout if part is None), default=0)
+        self.scratch = [self.hess.new_zeros(longest) for _ in range(2)]
+        self.gathered = [self.hess.new_zeros(longest_gathered) for _ in range(2)]
+        start = 0
+        for members, part, n in layout:
+            self.blocks.append(Block(self, members, part, start))
+            start += n
+
     def _views(self, flat: Tensor) -> list[Tensor]:
         parts = flat.split([p.numel() for p in self.parameters])
         return [v.view(p.shape) for v, p in zip(parts, self.parameters, strict=True)]
 
-    def perturb(self, ess: float, delta: float, generator: torch.Generator | None) -> None:
+    def perturb(self, group: dict[str, Any], generator: torch.Generator | None) -> None:
         """Put a sample m + σz into the parameters, and the mean into ``kept``."""
+        ess, delta = group["ess"], group["weight_decay"]
         # As a tensor: a Python number is converted anew by each operation with out=.
         decay = self.hess.new_tensor(delta)
         self.sampled = range(0)
@@ -144,16 +153,24 @@ class FlatGroup:
             self.sampled = range(i + 1, self.sampled.stop)
             b.kept.copy_(noise)
 
+    def noise_mark(self) -> float:
+        """Tell the noise of the last sample from other noise."""
+        return float(self.kept.double().sum())
+
     def accumulate(self, grads: Sequence[Tensor]) -> None:
         """Add the gradients at the noise in ``kept`` to the sums."""
-        if self.sums is None:
-            self.sums = self.hess.new_zeros(2 * self.n + 1)
-        grad_sum, price_sum = self.sums[: self.n], self.sums[self.n : -1]
+        grad_sum, price_sum = self.sum_views()
         for b in self.blocks:
             grad = b.read(grads, 1)
             grad_sum[b.here].add_(grad)
             price_sum[b.here].addcmul_(b.kept, grad)
         self.n_summed += 1
+
+    def sum_views(self) -> tuple[Tensor, Tensor]:
+        """Sums of gradient and of noise × gradient."""
+        if self.sums is None:
+            self.sums = self.hess.new_zeros(2 * self.n + 1)
+        return self.sums[: self.n], self.sums[self.n : -1]
 
     def clear(self) -> None:
         """Forget the sums."""

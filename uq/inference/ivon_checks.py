@@ -142,7 +142,7 @@ def check_ranks(pending: list[list[Tensor]], flats: list[FlatGroup]) -> None:
     """See that noises and gradients differ between processes; all of them must call it."""
     sums = [
         sum(float(g.double().sum()) for part in pending for g in part),
-        sum(float(flat.kept.double().sum()) for flat in flats),
+        sum(flat.noise_mark() for flat in flats),
     ]
     mine = torch.tensor(sums, dtype=torch.float64, device=flats[0].kept.device)
     everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
