@@ -11,132 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from uq.distributions.bar_functions import (
+    BORDER_RULES,
+    HALF_NORMAL_MEAN,
+    HALF_NORMAL_MEDIAN,
+    BorderRule,
+    bar_borders,
+    bar_loss,
+    bucket_of,
+)
 from uq.distributions.base import RealPredictive, check_levels
 from uq.errors import DataError, NoEpistemicError, ParameterError
 
-BorderRule = Literal["equal_mass", "equal_width", "fine_tails"]
-BORDER_RULES = ("equal_mass", "equal_width", "fine_tails")
-
-_HALF_NORMAL_MEDIAN = 0.6744897501960817
-_HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
-_TAIL_BUCKETS = 8  # of each side, under "fine_tails"
-_TAIL_LEVEL = 1e-5
-
-
-def bar_borders(values: Tensor, n_buckets: int, rule: BorderRule = "equal_width") -> Tensor:
-    """Borders of a bar distribution for targets like ``values``.
-
-    Parameters
-    ----------
-    values : Tensor of shape (N,)
-        Targets drawn from the prior, many more than ``n_buckets``.
-    n_buckets : int
-        Buckets wanted, at least 2. Their width should stay below the smallest predictive standard
-        deviation: a histogram cannot be narrower than a bar.
-    rule : {"equal_width", "equal_mass", "fine_tails"}, default="equal_width"
-        "equal_width": equal widths between the 0.1 % and the 99.9 % quantile, for targets that are
-        nearly normal. "equal_mass": equal probabilities, for skewed ones. "fine_tails": equal
-        probabilities with 8 more borders a side, down to a tail of probability 1e-5, for targets
-        with heavy tails, whose outer bars would otherwise be half-normals that are far too narrow.
-
-    Returns
-    -------
-    Tensor of shape (K + 1,)
-        float64, increasing. K is smaller than ``n_buckets`` where values repeat. The outermost
-        borders are the medians of the tails beyond their neighbours, as the half-normals want.
-
-    Raises
-    ------
-    ParameterError
-        If there are fewer than 2 buckets, or the rule is unknown.
-    DataError
-        If the values are not finite, or have fewer than 3 distinct quantiles.
-    """
-    if n_buckets < 2:
-        raise ParameterError(f"n_buckets must be at least 2, got {n_buckets!r}.")
-    if rule not in BORDER_RULES:
-        raise ParameterError(f"border_rule must be one of {BORDER_RULES}, got {rule!r}.")
-    values = values.detach().double().reshape(-1)
-    if not len(values) or not bool(values.isfinite().all()):
-        raise DataError("bar_borders: values must be finite targets, at least one.")
-    values = values.sort().values
-    if rule == "equal_width":
-        low, high = _quantiles(values, torch.tensor([1e-3, 1 - 1e-3]))
-        inner = torch.linspace(float(low), float(high), n_buckets - 1, dtype=torch.float64)
-        below = float((values < low).double().mean())
-        above = float((values > high).double().mean())
-        ends = torch.tensor([0.5 * below, 1 - 0.5 * above], dtype=torch.float64)
-    else:
-        levels = torch.arange(1, n_buckets, dtype=torch.float64) / n_buckets
-        if rule == "fine_tails" and n_buckets > 4 * _TAIL_BUCKETS:
-            n_middle = n_buckets - 2 * _TAIL_BUCKETS
-            middle = torch.arange(1, n_middle, dtype=torch.float64) / n_middle
-            ratio = torch.linspace(0, 1, _TAIL_BUCKETS + 1, dtype=torch.float64)[1:]
-            tail = middle[0] * (_TAIL_LEVEL / middle[0]) ** ratio
-            levels = torch.cat([tail.flip(0), middle, 1 - tail])
-        inner = _quantiles(values, levels)
-        ends = torch.stack([0.5 * levels[0], 1 - 0.5 * (1 - levels[-1])])
-    first, last = _quantiles(values, ends)
-    borders = torch.unique(torch.cat([first[None], inner, last[None]]))
-    if len(borders) < 3:
-        raise DataError(
-            "bar_borders: values have fewer than 3 distinct quantiles, so there are no 2 buckets "
-            "to tell apart; is the prior's target discrete or constant?"
-        )
-    return borders
-
-
-def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
-    """Quantiles of sorted values; torch.quantile refuses more than 16 million."""
-    position = levels.double() * (len(values) - 1)
-    low = position.floor().long().clamp(0, len(values) - 1)
-    high = (low + 1).clamp_max(len(values) - 1)
-    return values[low] + (position - low) * (values[high] - values[low])
-
-
-def bar_loss(logits: Tensor, borders: Tensor, value: Tensor) -> Tensor:
-    """Negative log density of bar distributions with the same borders, in nats.
-
-    The gradient with respect to the logits is softmax(logits) minus the one-hot bucket.
-
-    Parameters
-    ----------
-    logits : Tensor of shape (..., K)
-        Unnormalised log probabilities of the buckets.
-    borders : Tensor of shape (K + 1,)
-        Increasing borders, in target units.
-    value : Tensor of shape (...,)
-        Targets.
-    """
-    bucket = _bucket(borders, value)
-    log_p = torch.log_softmax(logits, -1).gather(-1, bucket[..., None])[..., 0]
-    return -(log_p + _log_density_within(borders, value, bucket))
-
-
-def _bucket(borders: Tensor, value: Tensor) -> Tensor:
-    inner = borders[..., 1:-1]
-    if inner.ndim > 1:  # one row of borders a row of values
-        return torch.searchsorted(inner.contiguous(), value.contiguous(), right=True)
-    return torch.searchsorted(inner.contiguous(), value.contiguous().to(inner.dtype), right=True)
-
-
-def _log_density_within(borders: Tensor, value: Tensor, bucket: Tensor) -> Tensor:
-    """Log density at ``value`` given its bucket; shared borders (K + 1,)."""
-    width = borders.diff()
-    n = len(width)
-    at = width[bucket].log().neg().to(value.dtype)
-    z_left = (borders[1] - value) * (_HALF_NORMAL_MEDIAN / width[0])
-    z_right = (value - borders[-2]) * (_HALF_NORMAL_MEDIAN / width[-1])
-    constant = math.log(_HALF_NORMAL_MEAN * _HALF_NORMAL_MEDIAN)
-    at = torch.where(bucket == 0, at + constant - 0.5 * z_left.square(), at)
-    return torch.where(bucket == n - 1, at + constant - 0.5 * z_right.square(), at)
+__all__ = ["BORDER_RULES", "BarDistribution", "BorderRule", "bar_borders", "bar_loss"]
 
 
 class BarDistribution(RealPredictive):
@@ -355,8 +249,8 @@ class BarDistribution(RealPredictive):
     def _tails(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """b_1, its scale, b_{K−1}, its scale."""
         b = self.borders
-        left = (b[..., 1] - b[..., 0]) / _HALF_NORMAL_MEDIAN
-        right = (b[..., -1] - b[..., -2]) / _HALF_NORMAL_MEDIAN
+        left = (b[..., 1] - b[..., 0]) / HALF_NORMAL_MEDIAN
+        right = (b[..., -1] - b[..., -2]) / HALF_NORMAL_MEDIAN
         return b[..., 1], left, b[..., -2], right
 
     @property
@@ -364,8 +258,8 @@ class BarDistribution(RealPredictive):
         """Mean of each bucket."""
         first, left, last, right = self._tails
         centre = 0.5 * (self.borders[..., 1:] + self.borders[..., :-1])
-        centre[..., 0] = first - _HALF_NORMAL_MEAN * left
-        centre[..., -1] = last + _HALF_NORMAL_MEAN * right
+        centre[..., 0] = first - HALF_NORMAL_MEAN * left
+        centre[..., -1] = last + HALF_NORMAL_MEAN * right
         return centre
 
     def _cast(self, t: Tensor) -> Tensor:
@@ -378,10 +272,10 @@ class BarDistribution(RealPredictive):
         value = value.expand(torch.broadcast_shapes(value.shape, shape))
         shared = _shared(self.borders)
         if shared is not None:
-            return value, _bucket(shared, value), shared
+            return value, bucket_of(shared, value), shared
         lead = value.shape[: value.ndim - len(shape)]
         flat = value.reshape(-1, *shape).movedim(0, -1)
-        bucket = _bucket(self.borders, flat).movedim(-1, 0)
+        bucket = bucket_of(self.borders, flat).movedim(-1, 0)
         return value, bucket.reshape(lead + shape), self.borders
 
     def _at(self, per_bucket: Tensor, bucket: Tensor) -> Tensor:
@@ -437,7 +331,7 @@ class BarDistribution(RealPredictive):
         """Middle of the bar with the highest density; the inner border for a tail."""
         first, _, last, _ = self._tails
         height = self._p / self._width
-        height[..., [0, -1]] *= _HALF_NORMAL_MEAN * _HALF_NORMAL_MEDIAN
+        height[..., [0, -1]] *= HALF_NORMAL_MEAN * HALF_NORMAL_MEDIAN
         middle = 0.5 * (self.borders[..., 1:] + self.borders[..., :-1])
         middle[..., 0], middle[..., -1] = first, last
         best = height.argmax(-1, keepdim=True)
@@ -447,7 +341,7 @@ class BarDistribution(RealPredictive):
         """Differential entropy in nats, in closed form."""
         p, inside = self._p, self._width.log()
         # Half-normal of scale s = w / c: ½ log(π s² / 2) + ½.
-        inside[..., [0, -1]] += 0.5 * math.log(math.pi / 2) - math.log(_HALF_NORMAL_MEDIAN) + 0.5
+        inside[..., [0, -1]] += 0.5 * math.log(math.pi / 2) - math.log(HALF_NORMAL_MEDIAN) + 0.5
         h = (p * inside - torch.xlogy(p, p)).sum(-1)
         return self._cast(h.sum(-1) if self._event_dim else h)
 
@@ -460,7 +354,7 @@ class BarDistribution(RealPredictive):
         width = borders.diff(dim=-1)
         inside = -self._at(width.log(), bucket)
         first, left, last, right = self._tails
-        constant = math.log(_HALF_NORMAL_MEAN * _HALF_NORMAL_MEDIAN)
+        constant = math.log(HALF_NORMAL_MEAN * HALF_NORMAL_MEDIAN)
         z = torch.where(bucket == 0, (first - value) / left, (value - last) / right)
         outer = (bucket == 0) | (bucket == self.n_buckets - 1)
         inside = torch.where(outer, inside + constant - 0.5 * z.square(), inside)
