@@ -24,9 +24,11 @@ the prior.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from torch.nn import functional as F
 
 from uq.errors import NonFiniteLossError
 from uq.inference.masked_bnn_moves import (
-    Density,
+    Integrator,
     WidthPrior,
     by_direction,
     draw_set,
@@ -45,9 +47,14 @@ from uq.inference.masked_bnn_moves import (
     log_mask_ratio,
     total,
 )
-from uq.nn.masked_bnn import Evaluation, MaskedNetwork, Pull, Restricted
+from uq.kernels import use_triton
+from uq.kernels.leapfrog import Density, Recorded
+from uq.kernels.leapfrog import leapfrog as leapfrog_kernel
+from uq.nn.masked_bnn import Evaluation, MaskedMLP, MaskedNetwork, Pull, Restricted
 
 PRIORS = ("cauchy", "normal")
+# Recorded trajectories that are kept: widths move by one or two nodes once warm-up is over.
+_MAX_GRAPHS = 16
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,17 @@ class MaskedBNN:
     def _onehot(self) -> Tensor:
         return F.one_hot(self.y).to(self.x.dtype)
 
+    @cached_property
+    def _n_rows(self) -> float:
+        if self.weight is None:
+            return float(self.y.shape[-2])
+        return float(self.weight.double().sum())
+
+    @cached_property
+    def _recorded(self) -> dict[Any, Recorded | None]:
+        """Trajectories by shape; None of one that was met once, or cannot be recorded."""
+        return {}
+
     def pull(self, variance: Tensor | None) -> Pull:
         """Log likelihood of outputs, and its gradient, at a noise variance (C, K)."""
         y, weight = self.y, self.weight
@@ -146,7 +164,7 @@ class MaskedBNN:
 
             return classes
         precision = (1 / variance).to(self.x.dtype)[:, None]
-        n = float(y.shape[-2]) if weight is None else float(weight.double().sum())
+        n = self._n_rows
         constant = -0.5 * n * (variance.log() + math.log(2 * math.pi)).sum(1)
         scale = precision if weight is None else precision * weight[:, None]
 
@@ -240,8 +258,15 @@ def move_weights(
     density = log_density(model, part, model.pull(state.variance))
     if scale is not None:
         step = step[:, None] * part.weights(scale)
+    integrate = recorded(model, part, state.variance, step, moves.n_leapfrog)
     moved, acceptance, diverged = hmc(
-        part.weights(state.weights), density, step, moves.n_leapfrog, generator, part.active
+        part.weights(state.weights),
+        density,
+        step,
+        moves.n_leapfrog,
+        generator,
+        part.active,
+        integrate,
     )
     fresh = model.draw_prior(state.weights, generator)
     return replace(state, weights=part.restore(fresh, moved)), acceptance, diverged
@@ -256,6 +281,55 @@ def log_density(model: MaskedBNN, part: Restricted, pull: Pull) -> Density:
         return value + log_prior, gradient.add_(slope)
 
     return density
+
+
+def recorded(
+    model: MaskedBNN, part: Restricted, variance: Tensor | None, step: Tensor, n_steps: int
+) -> Integrator | None:
+    """On a GPU, trajectories as graphs that one launch replays, from the second of a shape on.
+
+    Returns
+    -------
+    callable or None
+        For :func:`hmc`; None where it integrates by itself.
+    """
+    if not (_records(model.x) and isinstance(model.network, MaskedMLP)):
+        return None
+    given = (part.active,) if variance is None else (part.active, variance)
+    key = (*(tuple(t.shape) for t in (*given, step)), tuple(part.sizes), n_steps)  # type: ignore[attr-defined]
+    graphs = model._recorded
+    if key not in graphs:
+        if len(graphs) >= _MAX_GRAPHS:
+            del graphs[next(iter(graphs))]
+        graphs[key] = None
+        return None
+
+    def function(
+        position: Tensor, momentum: Tensor, gradient: Tensor, step: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        # What changes from call to call comes as an argument, and stays where the graph reads it.
+        own = copy.copy(part)
+        own.active = given[0]
+        density = log_density(model, own, model.pull(given[1] if len(given) > 1 else None))
+        return leapfrog_kernel(position, momentum, gradient, step, density, n_steps)
+
+    def integrate(
+        position: Tensor, momentum: Tensor, gradient: Tensor, step: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs = (position, momentum, gradient, step, *given)
+        graph = graphs.get(key)
+        if graph is None:
+            try:
+                graph = graphs[key] = Recorded(function, *inputs)
+            except RuntimeError:  # recording is no more than a matter of speed
+                return function(*inputs)
+        return graph(*inputs)
+
+    return integrate
+
+
+def _records(like: Tensor) -> bool:
+    return use_triton(like) and like.is_cuda
 
 
 def move_masks(

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import permutations
 
 import torch
 from torch import Tensor
 
+from uq.kernels import leapfrog as kernel
+from uq.kernels.leapfrog import Density
+
 PROPOSALS = ("small", "informed", "uniform")
 # A trajectory that gains as much energy has left the region where the integrator is stable.
 _DIVERGENT = 1000.0
 
-Density = Callable[[Tensor], tuple[Tensor, Tensor]]
+Integrator = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""Maps position, momentum, gradient and step to what :func:`uq.kernels.leapfrog.leapfrog` gives."""
 
 # -- masks ---------------------------------------------------------------------------------------
 
@@ -231,13 +236,8 @@ def leapfrog(
     tuple of Tensor
         Position, momentum, log density and gradient at the end.
     """
-    step = step.to(position.dtype)
-    step = step[:, None] if step.ndim == 1 else step
-    momentum = torch.addcmul(momentum, step, gradient, value=0.5)
-    for i in range(n_steps):
-        position = torch.addcmul(position, step, momentum)
-        value, gradient = density(position)
-        momentum = torch.addcmul(momentum, step, gradient, value=0.5 if i == n_steps - 1 else 1.0)
+    end = kernel.leapfrog(position, momentum, gradient, step, density, n_steps)
+    position, momentum, _, value, gradient = end
     return position, momentum, value, gradient
 
 
@@ -248,6 +248,7 @@ def hmc(
     n_steps: int,
     generator: torch.Generator,
     active: Tensor | None = None,
+    integrate: Integrator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Move by one Hamiltonian trajectory, accepted or not.
 
@@ -261,6 +262,8 @@ def hmc(
         Source of momenta and decisions.
     active : Tensor of shape (C, D), optional
         Entries of 0 stay where they are.
+    integrate : callable, optional
+        Takes the place of :func:`uq.kernels.leapfrog.leapfrog` at this density and number of steps.
 
     Returns
     -------
@@ -280,8 +283,10 @@ def hmc(
     u = torch.rand(2, len(position), generator=generator, dtype=torch.float64, device=step.device)
     vary = 0.8 + 0.4 * u[0]
     step = step * (vary if step.ndim == 1 else vary[:, None])
-    end, kick, value, _ = leapfrog(position, momentum, gradient, density, step, n_steps)
-    gain = value - start + 0.5 * (total(momentum.square()) - total(kick.square()))
+    if integrate is None:
+        integrate = partial(kernel.leapfrog, density=density, n_steps=n_steps)
+    end, _, energy, value, _ = integrate(position, momentum, gradient, step)
+    gain = value - start + 0.5 * total(momentum.square()) - energy
     diverged = ~(gain > -_DIVERGENT)  # NaN is a divergence, too
     acceptance = torch.where(diverged, 0.0, gain.clamp(max=0).exp())
     return torch.where((u[1] < acceptance)[:, None], end, position), acceptance, diverged

@@ -76,7 +76,7 @@ class SparsePosterior(WeightPosterior):
             return self._one_by_one(draw, n, x)
         if use_triton(x):
             stds = {f"{name}.mean": w.std for name, w in self._weights.items()}
-            layers = {
+            layers: dict[nn.Module, Any] = {
                 m: (m.weight.dense(), m.weight.dense(m.weight.std), m.bias)
                 for m in self.network.modules()
                 if isinstance(m, CompactLayer) and isinstance(m.operation, Product)

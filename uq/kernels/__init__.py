@@ -12,7 +12,7 @@ _EXPORTS = {
     "Purpose": "uq.kernels.philox",
     "local_reparam_linear": "uq.kernels.local_reparam",
     "normal": "uq.kernels.philox",
-    "sampled_linear": "uq.kernels.sampled_linear",
+    "sampled_linear": "uq.kernels.linear",
     "stream": "uq.kernels.philox",
     "uniform": "uq.kernels.philox",
     "use_triton": "uq.kernels.dispatch",
@@ -22,12 +22,12 @@ __all__ = list(_EXPORTS)
 
 if TYPE_CHECKING:
     from uq.kernels.dispatch import use_triton as use_triton
+    from uq.kernels.linear import sampled_linear as sampled_linear
     from uq.kernels.local_reparam import local_reparam_linear as local_reparam_linear
     from uq.kernels.philox import Purpose as Purpose
     from uq.kernels.philox import normal as normal
     from uq.kernels.philox import stream as stream
     from uq.kernels.philox import uniform as uniform
-    from uq.kernels.sampled_linear import sampled_linear as sampled_linear
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@
 
 (D. P. Kingma, T. Salimans, M. Welling, "Variational dropout and the local reparameterization
 trick", NeurIPS 2015, arXiv 1506.02557, eq. 6.) For one row and one layer this is the law of
-:func:`uq.kernels.sampled_linear.sampled_linear`, and its gradients vary less, as rows are
+:func:`uq.kernels.sampled_linear`, and its gradients vary less, as rows are
 independent; *only* for one row: covariances between rows, and draws of functions, are wrong.
 
 On a GPU both products come from one reading of x, μ and σ, and no noise is in memory. The gradient

@@ -11,8 +11,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from uq.kernels.linear_triton import load_weights, softplus
 from uq.kernels.philox_triton import normals4
-from uq.kernels.sampled_linear_triton import load_weights, softplus
 
 _SCALARS = ["seed", "stream", "step", "first", "first_row", "n_samples", "n_rows", "floor"]
 

@@ -29,9 +29,9 @@ from torch.autograd.function import once_differentiable
 from uq.errors import ParameterError
 from uq.kernels.arguments import check_counters, check_shapes
 from uq.kernels.dispatch import cdiv
+from uq.kernels.linear import sampled_linear
 from uq.kernels.local_reparam import FLOOR, local_reparam_linear
 from uq.kernels.philox import Purpose, normals, sample_normals, stream
-from uq.kernels.sampled_linear import sampled_linear
 
 # Where training through compressed rows beats dense products, measured on one core.
 MAX_DENSITY = 0.2

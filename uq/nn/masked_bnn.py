@@ -9,7 +9,7 @@ computed on those that are on: the cost follows the active width, not the alloca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-Pull = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps outputs (C, n, K) to the log likelihood of each chain (C,) and its gradient (C, n, K)."""
+from uq.kernels.leapfrog import Pull, mlp_backward, mlp_layers
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -85,35 +84,6 @@ def relu_mlp(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _layers(flat: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Views of weights (C, out, in) and biases (C, 1, out) in the flat vectors."""
-    parts, start = [], 0
-    for width_in, width_out in pairwise(sizes):
-        end = start + width_in * width_out
-        weight = flat[:, start:end].view(-1, width_out, width_in)
-        start = end + width_out
-        parts.append((weight, flat[:, end:start].view(-1, 1, width_out)))
-    return parts
-
-
-def _backward(
-    layers: list[tuple[Tensor, Tensor]], x: Tensor, pull: Pull
-) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Outputs, log likelihood, and its gradient by weights and biases, of an MLP without masks."""
-    inputs = [x.expand(len(layers[0][0]), *x.shape)]
-    for weight, bias in layers[:-1]:
-        inputs.append(torch.baddbmm(bias, inputs[-1], weight.mT).relu_())
-    weight, bias = layers[-1]
-    outputs = torch.baddbmm(bias, inputs[-1], weight.mT)
-    value, delta = pull(outputs)
-    gradients = []
-    for i in range(len(layers) - 1, -1, -1):
-        gradients.append((torch.bmm(delta.mT, inputs[i]), delta.sum(1)))
-        if i:
-            delta = torch.ops.aten.threshold_backward(torch.bmm(delta, layers[i][0]), inputs[i], 0)
-    return outputs, value, gradients[::-1]
-
-
 class MaskedMLP:
     """ReLU network of given sizes, with a mask on every hidden node and, if asked, every input.
 
@@ -150,6 +120,8 @@ class MaskedMLP:
             width = on.shape[1]
             if 0 < i < len(parts) - 1 and not everywhere:
                 width = max(1, int(on.sum(1).max()))
+                if on.is_cuda:  # fewer shapes, for each of which a trajectory is recorded
+                    width = min(on.shape[1], -(-width // 8) * 8)
             if width < on.shape[1]:
                 kept = on.argsort(dim=1, descending=True, stable=True)[:, :width]
                 on = on.gather(1, kept)
@@ -168,11 +140,11 @@ class MaskedMLP:
         """See :class:`MaskedNetwork`. The gradient costs no more than one by the activations."""
         part = self.restrict(masks, everywhere)
         raw = theta.gather(1, part.index) if everywhere else part.weights(theta)
-        layers = _layers(raw * part.active if everywhere else raw, part.sizes)
-        outputs, value, gradients = _backward(layers, x, pull)
+        layers = mlp_layers(raw * part.active if everywhere else raw, part.sizes)
+        outputs, value, gradients = mlp_backward(layers, x, pull)
         found = []
         first = 0 if self.select_features else 1
-        rows = zip(_layers(raw, part.sizes), gradients, part.nodes, self.sizes, strict=False)
+        rows = zip(mlp_layers(raw, part.sizes), gradients, part.nodes, self.sizes, strict=False)
         for (weight, _), (gradient, _), (kept, _), width in list(rows)[first:]:
             # f depends on m_j and on column j of the next weights by their product alone.
             by_node = (weight * gradient).sum(1)
@@ -184,7 +156,7 @@ class MaskedMLP:
         """Parameters of a :func:`relu_mlp` as wide as the widest chain, by name."""
         part = self.restrict(masks)
         named = {}
-        for i, (weight, bias) in enumerate(_layers(part.weights(theta), part.sizes)):
+        for i, (weight, bias) in enumerate(mlp_layers(part.weights(theta), part.sizes)):
             named[f"{2 * i}.weight"], named[f"{2 * i}.bias"] = weight, bias[:, 0]
         return named
 
@@ -195,7 +167,7 @@ class MaskedMLP:
         parameters = [list(body.parameters()) for body in bodies]
         start = self.sizes[0] if self.select_features else 0
         masks[:, :start] = 1
-        for i, (weight, bias) in enumerate(_layers(theta, self.sizes)):
+        for i, (weight, bias) in enumerate(mlp_layers(theta, self.sizes)):
             for c, own in enumerate(parameters):
                 out, width_in = own[2 * i].shape
                 weight[c, :out, :width_in] = own[2 * i].detach()
@@ -235,7 +207,7 @@ class _Narrow:
         return theta.gather(1, self.index) * self.active
 
     def gradient(self, weights: Tensor, x: Tensor, pull: Pull) -> tuple[Tensor, Tensor]:
-        _, value, gradients = _backward(_layers(weights, self.sizes), x, pull)
+        _, value, gradients = mlp_backward(mlp_layers(weights, self.sizes), x, pull)
         flat = [t for weight, bias in gradients for t in (weight.flatten(1), bias)]
         return value, torch.cat(flat, 1) * self.active
 

@@ -4,19 +4,16 @@ Where the noise is written out, it is taken from the reference generator at its 
 wrong addresses (one draw a row of the batch, noise shared by samples or by tiles) show.
 """
 
-from importlib import import_module
-
 import pytest
 import torch
 from torch.nn import functional as F
 
+import uq.kernels.linear as linear
 from uq.errors import ParameterError
 from uq.kernels import Purpose, normal, sampled_linear, stream
 
 SEED, STEP, TENSOR = 2**40 + 7, 3, 5
 BACKENDS = ("reference", "triton")
-# The package exports a function of the same name.
-MODULE = import_module("uq.kernels.sampled_linear")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -89,14 +86,14 @@ def test_equals_noise_written_out(backend, samples, first, shared, rho, masked):
 def test_chunks_of_draws_change_nothing(monkeypatch):
     given = inputs(11, 5, 6, 3, shared=True)
     whole = with_gradients(ours, given, samples=11)
-    monkeypatch.setitem(MODULE._CHUNK, "cpu", 5 * 18)
+    monkeypatch.setitem(linear._CHUNK, "cpu", 5 * 18)
     assert_close(with_gradients(ours, given, samples=11), whole, 1e-6)
 
 
 def test_many_rows_are_not_fused(monkeypatch):
     monkeypatch.setenv("UQ_KERNELS", "triton")
-    monkeypatch.setattr(MODULE, "_FUSED_ROWS", 4)
-    monkeypatch.setattr(MODULE._Call, "fused_forward", None)
+    monkeypatch.setattr(linear, "_FUSED_ROWS", 4)
+    monkeypatch.setattr(linear._Call, "fused_forward", None)
     given = inputs(3, 5, 6, 3, shared=False)
     found = with_gradients(ours, given, samples=3)
     assert_close(found, with_gradients(written_out, given, samples=3))
@@ -109,8 +106,8 @@ def test_tiles_and_shares_change_nothing(monkeypatch, shared):
     found = []
     for tiles, programs in (((16, 16, 16), 1), ((32, 16, 32), 400)):
         how = dict(zip(("BM", "BN", "BK"), tiles, strict=True))
-        monkeypatch.setattr(MODULE, "tiles", lambda rows, how=how: how)
-        monkeypatch.setattr(MODULE, "PROGRAMS", programs)
+        monkeypatch.setattr(linear, "tiles", lambda rows, how=how: how)
+        monkeypatch.setattr(linear, "PROGRAMS", programs)
         found.append(with_gradients(ours, given, samples=5))
     assert_close(found[0], found[1])
 

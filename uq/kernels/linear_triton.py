@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`uq.kernels.sampled_linear`; imported only where Triton runs.
+"""Triton kernels of :mod:`uq.kernels.linear`; imported only where Triton runs.
 
 A tile of weights is read once for the four samples of a group, and its noise comes from one call of
 the counter-based generator at the position of each weight: it never touches memory.

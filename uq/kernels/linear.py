@@ -89,7 +89,7 @@ def sampled_linear(
     Examples
     --------
     >>> import torch
-    >>> from uq.kernels import sampled_linear
+    >>> from uq.kernels.linear import sampled_linear
     >>> x, mean, std = torch.ones(5, 3), torch.zeros(2, 3), torch.ones(2, 3)
     >>> y = sampled_linear(x, mean, std, n_samples=8, seed=0)
     >>> y.shape, bool((y == y[:, :1]).all())  # equal rows have equal outputs in each draw
@@ -318,7 +318,7 @@ class _Call:
 
     def fused_forward(self) -> Tensor:
         """Outputs, with weights drawn in registers."""
-        from uq.kernels.sampled_linear_triton import forward_kernel
+        from uq.kernels.linear_triton import forward_kernel
 
         how, groups = self._launch()
         out = self.x.new_empty(self.n_samples, self.rows, self.n_out)
@@ -339,7 +339,7 @@ class _Call:
         self, grad: Tensor, need_x: bool, need_weight: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
         """As :meth:`backward`, with weights drawn in registers."""
-        from uq.kernels.sampled_linear_triton import input_kernel, weight_kernel
+        from uq.kernels.linear_triton import input_kernel, weight_kernel
 
         how, groups = self._launch()
         sizes = self.n_samples, self.rows, self.n_out, self.n_in
