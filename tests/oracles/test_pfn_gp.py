@@ -75,6 +75,14 @@ def test_ten_minutes_of_training_come_within_two_hundredths_of_a_nat(tmp_path):
         assert gap.gap > -2 * gap.standard_error
         assert 0.87 < gap.coverage < 0.93
     assert np.mean([gap.gap for gap in gaps]) <= 0.02
+    # Without a context the bars have the mass of the prior's marginal, N(0, 1 + σ²).
+    empty = torch.zeros(1, 0, 1), torch.zeros(1, 0), torch.rand(1, 50, 1)
+    Xc, yc, Xq, _ = preprocess(*empty, model.config)
+    p = torch.softmax(model(Xc, yc, Xq)[0].double(), -1)
+    cdf = torch.distributions.Normal(0.0, 1.01**0.5).cdf(model.borders[1:-1].double())
+    edge = torch.zeros(1, dtype=torch.float64)
+    marginal = torch.cat([edge, cdf, edge + 1]).diff()
+    assert float((p - marginal).abs().sum(-1).max()) / 2 < 0.03  # total variation
     # Half precision costs nothing: the same queries, so that only rounding differs.
     save_pfn(tmp_path / "half.safetensors", model, {})
     half, _ = load_pfn(tmp_path / "half.safetensors")

@@ -148,6 +148,23 @@ def pretrain_pfn(
     ... )
     >>> model.config.n_outputs, meta["runs"][0]["steps"]
     (20, 2)
+
+    A prior of one's own is a function, here straight lines with noise. ``out="lines.safetensors"``
+    would keep the network for ``PFNRegressor(prior="lines.safetensors")``.
+
+    >>> import torch
+    >>> def lines(batch, n, d, generator):
+    ...     x = torch.randn(batch, n, d, generator=generator)
+    ...     slope = torch.randn(batch, d, 1, generator=generator)
+    ...     noise = torch.randn(batch, n, generator=generator)
+    ...     return x, (x @ slope).squeeze(-1) + 0.1 * noise
+    >>> lines.max_features = 3
+    >>> model, meta = pretrain_pfn(
+    ...     lines, steps=2, d_model=16, n_layers=2, n_buckets=20, min_context=2, rows_per_step=200,
+    ...     log_entries=1,
+    ... )
+    >>> meta["prior"], model.config.max_features
+    ('lines', 3)
     """
     name = prior if isinstance(prior, str) else getattr(prior, "__name__", type(prior).__name__)
     prior = pfn_prior(prior) if isinstance(prior, str) else prior
