@@ -1,15 +1,17 @@
-"""Masked Bayesian networks: speed, the cubic run, widths of a known truth, UCI subsets, ranks.
+"""Masked Bayesian networks: speed, the cubic run, widths of a known truth, defaults, UCI subsets.
 
-UCI subsets are the rows of the ``nuts`` suite: the training rows of each split cut to ``N_TRAIN``,
-the test rows to ``N_TEST``. Data is read from ``UQ_DATA`` or ``../shared/data``. Rows are kept as
-they come, in ``masked.partial.jsonl``. Times are CPU seconds of this process.
+The ``nuts`` suite has them beside other methods, on the rows of the table here: the training rows
+of each split cut to ``N_TRAIN``, the test rows to ``N_TEST``. "choice" is what the defaults
+``prior_scale`` and ``n_leapfrog`` are chosen by: fits to some of the rows that no split of the
+tables tests on, judged on others of these rows. Data is read from ``UQ_DATA`` or
+``../shared/data``. Rows are kept as they come, in ``masked.partial.jsonl``. Times are CPU seconds
+of this process.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ import numpy as np
 import torch
 
 from benchmarks.core import mean_rows, paired, row
-from benchmarks.nuts import DATA, N_TEST, N_TRAIN, NETWORK, SAMPLER
+from benchmarks.nuts import N_TEST, N_TRAIN, SAMPLER, SETS, scored, subset, table, untested
 from tests.models.test_masked_bnn import ranks
-from uq import MAPRegressor, MaskedBNNRegressor, NUTSRegressor
+from uq import MaskedBNNRegressor, NUTSRegressor
 from uq.inference import (
     MaskedBNN,
     MaskedMoves,
@@ -34,7 +36,6 @@ from uq.nn.masked_bnn import MaskedMLP, relu_mlp
 Row = dict[str, Any]
 PARTIAL = Path(__file__).parent / "results" / "masked.partial.jsonl"
 SEEDS = SPLITS = 3
-SETS = ("yacht", "boston", "energy", "concrete")
 WIDE: Row = {"hidden": (50, 50), "device": "cpu"}
 SHORT: Row = {"n_warmup": 400, "n_draws": 80}
 
@@ -162,49 +163,28 @@ def known_width(strength: float, seed: int = 0) -> Row:
 
 # -- UCI -----------------------------------------------------------------------------------------
 
-METHODS: dict[str, Callable[[int], Any]] = {
-    "masked": lambda seed: MaskedBNNRegressor(**WIDE, **SHORT, random_state=seed),
-    "all nodes": lambda seed: MaskedBNNRegressor(
-        **WIDE, **SHORT, n_mask_moves=0, random_state=seed
-    ),
-    "NUTS (8)": lambda seed: NUTSRegressor(**NETWORK, **SAMPLER, random_state=seed),
-    "MAP": lambda seed: MAPRegressor(**WIDE, patience=None, random_state=seed),
-}
-
-
-def subset(name: str, split: int) -> tuple[np.ndarray, ...]:
-    with np.load(DATA / "uci_regression" / f"{name}.npz") as file:
-        X, y = file["X"], file["y"]
-        train, test = file["train_idx"][split][:N_TRAIN], file["test_idx"][split][:N_TEST]
-    return X[train], y[train], X[test], y[test]
+METHODS: dict[str, Row] = {"masked": {}, "all nodes": {"n_mask_moves": 0}}
+CHOICE = [{"prior_scale": s, "n_leapfrog": n} for s in (0.1, 0.3, 1.0) for n in (20, 50)]
 
 
 def one_fit(name: str, split: int, method: str) -> Row:
     X, y, X_test, y_test = subset(name, split)
-    model = METHODS[method](split)
-    start = time.process_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # divergences are in the table
-        model.fit(X, y)
-    seconds = time.process_time() - start
-    dist, target = model.predict_distribution(X_test), torch.tensor(y_test)
-    found: Row = {
-        "part": "uci",
-        "set": name,
-        "method": method,
-        "split": split,
-        "nll": -float(dist.log_prob(target).mean()),
-        "crps": float(dist.crps(target).mean()),
-        "rmse": float((dist.mean - target).square().mean().sqrt()),
-        "cpu_s": seconds,
-    }
-    if hasattr(model, "sample_stats_"):
-        table = model.diagnostics(X_test).table
-        found["rhat"] = float(table.loc["prediction", "R-hat"])
-        found["diverging"] = float(model.sample_stats_["diverging"].mean())
-    if hasattr(model, "widths_"):
-        found["width_1"], found["width_2"] = model.widths_.mean((0, 1)).tolist()
+    model = MaskedBNNRegressor(**WIDE, **SHORT, **METHODS[method], random_state=split)
+    found = {"part": "uci", "set": name, "method": method, "split": split}
+    found |= scored(model, X, y, X_test, y_test)
+    found["width_1"], found["width_2"] = model.widths_.mean((0, 1)).tolist()
     return found
+
+
+def choice(name: str, settings: Row) -> Row:
+    """Score of settings on rows that no table tests on."""
+    rows = untested(name)
+    X, y = table(name)
+    n = min(N_TRAIN, len(rows) // 2)
+    train, held_out = rows[:n], rows[n:][:N_TEST]
+    model = MaskedBNNRegressor(**WIDE, **SHORT, **settings, random_state=0)
+    found = {"part": "choice", "set": name, **settings}
+    return found | scored(model, X[train], y[train], X[held_out], y[held_out])
 
 
 def calibration_ranks() -> list[Row]:
@@ -243,14 +223,21 @@ def run() -> list[Row]:
             for method in METHODS:
                 key = f"{name} {split} {method}"
                 once(key, lambda n=name, s=split, m=method: one_fit(n, s, m))
+    for name in SETS:
+        for settings in CHOICE:
+            key = f"choice {name} {settings}"
+            once(key, lambda n=name, s=settings: choice(n, s))
     for strength in (0.05, 0.1, 0.15):
         once(f"width {strength}", lambda s=strength: known_width(s))
-    parts = {p: [r for r in rows if r["part"] == p] for p in ("cubic", "uci", "three nodes")}
+    parts = {
+        p: [r for r in rows if r["part"] == p] for p in ("cubic", "uci", "choice", "three nodes")
+    }
     bare = {p: [{k: v for k, v in r.items() if k != "key"} for r in rs] for p, rs in parts.items()}
     found = [
         *speed(),
         *mean_rows(bare["cubic"], ["part", "method"], "seed"),
         *bare["three nodes"],
+        *mean_rows(bare["choice"], ["part", "prior_scale", "n_leapfrog"], "set"),
         *mean_rows(bare["uci"], ["part", "set", "method"], "split"),
         *calibration_ranks(),
     ]

@@ -209,6 +209,7 @@ def test_bad_arguments(name, value):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.statistical
 @pytest.mark.parametrize("hidden", [(), (3,)])
 def test_simulation_based_calibration(hidden):
