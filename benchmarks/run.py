@@ -29,6 +29,7 @@ SUITES = (
     "ssvi",
     "implicit",
     "masked",
+    "sbc",
 )
 RESULTS = Path(__file__).parent / "results"
 
