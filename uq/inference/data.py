@@ -43,6 +43,10 @@ class ArrayBatches:
         self.batch_size = min(batch_size or self.n_rows, self.n_rows)
         self.generator = generator
 
+    def shuffled_by(self, generator: torch.Generator) -> ArrayBatches:
+        """Return batches of the same rows in an order of their own."""
+        return ArrayBatches(*self.tensors, batch_size=self.batch_size, generator=generator)
+
     def __len__(self) -> int:
         return len(self._sizes())
 

@@ -64,6 +64,16 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 _HELD_OUT_ROWS = 8192
+# Parameters that do not change the result: a fit may be resumed with others.
+_ASIDE = (
+    "callbacks",
+    "checkpoint_dir",
+    "checkpoint_every",
+    "device",
+    "n_jobs",
+    "strategy",
+    "verbose",
+)
 # A memory-mapped array of this size is read in chunks; a smaller one is like any other array.
 _LARGE_BYTES = 1 << 28
 
@@ -330,9 +340,7 @@ class Estimator(BaseEstimator, ABC):
                     "the fit before wrote to."
                 )
             return None
-        # These neither change the result nor stand in the way of another machine.
-        aside = ("checkpoint_dir", "checkpoint_every", "callbacks", "device", "strategy", "verbose")
-        params = {k: v for k, v in self.get_params(deep=False).items() if k not in aside}
+        params = {k: v for k, v in self.get_params(deep=False).items() if k not in _ASIDE}
         run = describe_run(type(self).__name__, params, root)
         folder = Path(self.checkpoint_dir)
         if fabric.world_size > 1:

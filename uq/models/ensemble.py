@@ -8,12 +8,14 @@ A ``module`` that is given as an instance is re-initialised for each member. ``h
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 
 import torch
-from torch import nn
+from joblib import Parallel, delayed
+from torch import Tensor, nn
 
 from uq.errors import ParameterError
+from uq.inference.data import ArrayBatches
 from uq.inference.posterior import DrawsPosterior
 from uq.inference.training import TrainingResult, isolated_rng, warn_interrupted
 from uq.models.base import (
@@ -52,22 +54,29 @@ def initial_networks(model: Estimator, n: int, data: TrainingData) -> list[Netwo
 @estimator
 class _Ensemble(PointEstimator):
     n_members: int = 5
+    n_jobs: int | None = None
 
     n_members_: int = field(init=False)
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_number(self, "n_members", at_least=2, integer=True)
+        check_number(self, "n_jobs", integer=True, optional=True)
+        if self.n_jobs == 0:
+            raise ParameterError(f"{type(self).__name__}: n_jobs must not be 0; None is 1.")
 
     @property
     def _trains_in_processes(self) -> bool:
         return True
 
     def _infer(self, data: TrainingData) -> tuple[DrawsPosterior, TrainingResult]:
+        starts = initial_networks(self, self.n_members, data)
+        if self.n_jobs not in (None, 1):
+            return self._infer_in_parallel(starts, data)
         networks: list[Network] = []
-        for network in initial_networks(self, self.n_members, data):
+        for i, start in enumerate(starts):
             try:
-                result = self._fit_network(network, data)
+                network, result = self._fit_member(i, start, data)
             except KeyboardInterrupt:
                 if not networks:
                     raise
@@ -81,6 +90,49 @@ class _Ensemble(PointEstimator):
         if not networks:
             raise result.error or KeyboardInterrupt
         result.best_epoch = max(result.best_epoch, 1)  # there are members to keep
+        self.n_members_ = len(networks)
+        return DrawsPosterior.stack(networks, data.seeds.predict), result
+
+    def _fit_member(
+        self, i: int, network: Network, data: TrainingData
+    ) -> tuple[Network, TrainingResult]:
+        """Train one network in place; what it is does not depend on the others."""
+        if isinstance(data.batches, ArrayBatches):
+            shuffle = data.generator(data.seeds.shuffle + i)
+            data = replace(data, batches=data.batches.shuffled_by(shuffle))
+        if data.checkpoints is not None:
+            data.checkpoints.go_to(i)
+        with isolated_rng(data.seeds.init + self.n_members + i, data.fabric.device):  # dropout
+            return network, self._fit_network(network, data)
+
+    def _fitted_weights(
+        self, i: int, network: Network, data: TrainingData
+    ) -> tuple[dict[str, Tensor], TrainingResult]:
+        # Tensors alone: what becomes of a module on its way back is the backend's business.
+        network, result = self._fit_member(i, network, data)
+        return dict(network.state_dict()), result
+
+    def _infer_in_parallel(
+        self, starts: list[Network], data: TrainingData
+    ) -> tuple[DrawsPosterior, TrainingResult]:
+        """Train the members in several processes, on whatever backend joblib is set to."""
+        if not isinstance(data.batches, ArrayBatches):
+            raise ParameterError(
+                f"{type(self).__name__}: n_jobs needs rows in memory, to send them to the "
+                "processes; leave n_jobs at None for a DataLoader or a stream."
+            )
+        fit = delayed(self._fitted_weights)
+        fitted = Parallel(self.n_jobs)(fit(i, net, data) for i, net in enumerate(starts))
+        for network, (weights, _) in zip(starts, fitted, strict=True):
+            network.to(data.fabric.device).load_state_dict(weights)
+        results = [result for _, result in fitted]
+        networks = [n for n, r in zip(starts, results, strict=True) if r.best_epoch > 0]
+        errors = [result.error for result in results if result.error is not None]
+        if not networks:
+            raise errors[0]
+        result = results[-1]
+        result.error = errors[0] if errors else None
+        result.best_epoch = max(result.best_epoch, 1)
         self.n_members_ = len(networks)
         return DrawsPosterior.stack(networks, data.seeds.predict), result
 
@@ -100,6 +152,9 @@ class EnsembleClassifier(_Ensemble, Classifier):
         Standard deviation of the Gaussian prior on every weight.
     n_members : int, default=5
         Networks trained; the paper finds little gain beyond 5.
+    n_jobs : int, optional
+        Members trained at a time, in processes of joblib (or of ``joblib.parallel_config``: Dask,
+        Ray); -1 takes all cores. The result is the same. Callbacks then run in the processes.
     {tail}
 
     Attributes
@@ -137,6 +192,9 @@ class EnsembleRegressor(_Ensemble, NetworkRegressor):
         Standard deviation of the Gaussian prior on every weight.
     n_members : int, default=5
         Networks trained; the paper finds little gain beyond 5.
+    n_jobs : int, optional
+        Members trained at a time, in processes of joblib (or of ``joblib.parallel_config``: Dask,
+        Ray); -1 takes all cores. The result is the same. Callbacks then run in the processes.
     {noise}
     {tail}
 
