@@ -4,9 +4,10 @@ A program works on a block of one tensor. Tensors are found through a table of a
 one launch serves a whole network, whose parameters stay where they are.
 """
 
-from __future__ import annotations
+# Triton compiles annotations, too, and knows none but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -17,7 +18,7 @@ _NUMBERS = ["seed", "stream", "step", "next_step", "n_summed"]
 
 
 @triton.jit
-def _place(segment_of: Any, offset_of: Any, start: Any, size: Any, group: Any, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(segment_of, offset_of, start, size, group, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Segment, element in it, element of the flat vector, which are there, and group."""
     program = tl.program_id(0)
     segment = tl.load(segment_of + program)
@@ -27,12 +28,12 @@ def _place(segment_of: Any, offset_of: Any, start: Any, size: Any, group: Any, B
 
 
 @triton.jit
-def _address(addresses: Any, segment: Any, like: Any) -> Any:
+def _address(addresses, segment, like):
     return tl.load(addresses + segment).to(tl.pointer_type(like.dtype.element_ty))
 
 
 @triton.jit
-def _std(hess: Any, settings: Any, group: Any, ACC: tl.constexpr) -> Any:
+def _std(hess, settings, group, ACC: tl.constexpr):
     """1/√(λ(h + δ))."""
     ess, delta = tl.load(settings + 7 * group), tl.load(settings + 7 * group + 1)
     return (1.0 / tl.sqrt(ess)).to(ACC) * tl.rsqrt(hess + delta.to(ACC))
@@ -40,13 +41,13 @@ def _std(hess: Any, settings: Any, group: Any, ACC: tl.constexpr) -> Any:
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def sample_kernel(
-    params: Any, hess: Any, mean: Any, holds: Any, settings: Any,
-    segment_of: Any, offset_of: Any, start: Any, size: Any, group: Any,
-    seed: Any, stream: Any, step: Any, ACC: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    weights, hess, mean, holds, settings,
+    segment_of, offset_of, start, size, group,
+    seed, stream, step, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Keep the mean aside and write mean + σz."""
     segment, i, flat, inside, g = _place(segment_of, offset_of, start, size, group, BLOCK)
-    p = _address(params, segment, hess)
+    p = _address(weights, segment, hess)
     m = tl.load(p + i, mask=inside, other=0.0).to(ACC)
     h = tl.load(hess + flat, mask=inside, other=1.0).to(ACC)
     z = normal_lane(seed, flat, 0, stream, step, 0).to(ACC)
@@ -58,22 +59,22 @@ def sample_kernel(
 
 @triton.jit
 def restore_kernel(
-    params: Any, mean: Any, holds: Any,
-    segment_of: Any, offset_of: Any, start: Any, size: Any, group: Any, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    weights, mean, holds,
+    segment_of, offset_of, start, size, group, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Put the mean back, if the parameters hold a sample."""
     segment, i, flat, inside, _ = _place(segment_of, offset_of, start, size, group, BLOCK)
     inside = inside & (tl.load(holds) != 0)
     m = tl.load(mean + flat, mask=inside, other=0.0)
-    tl.store(_address(params, segment, mean) + i, m, mask=inside)
+    tl.store(_address(weights, segment, mean) + i, m, mask=inside)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def accumulate_kernel(
-    grads: Any, hess: Any, grad_sum: Any, price_sum: Any, drawn: Any,
-    segment_of: Any, offset_of: Any, start: Any, size: Any, group: Any,
-    seed: Any, stream: Any, step: Any, ACC: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    grads, hess, grad_sum, price_sum, drawn,
+    segment_of, offset_of, start, size, group,
+    seed, stream, step, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Add gradient and noise × gradient to their sums."""
     segment, i, flat, inside, g = _place(segment_of, offset_of, start, size, group, BLOCK)
     grad = tl.load(_address(grads, segment, hess) + i, mask=inside, other=0.0).to(ACC)
@@ -88,13 +89,13 @@ def accumulate_kernel(
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def update_kernel(
-    params: Any, grads: Any, hess: Any, momentum: Any, mean: Any, grad_sum: Any, price_sum: Any,
-    squares: Any, holds: Any, settings: Any, drawn: Any,
-    segment_of: Any, offset_of: Any, start: Any, size: Any, group: Any,
-    seed: Any, stream: Any, step: Any, next_step: Any, n_summed: Any,
+    weights, grads, hess, momentum, mean, grad_sum, price_sum,
+    squares, holds, settings, drawn,
+    segment_of, offset_of, start, size, group,
+    seed, stream, step, next_step, n_summed,
     SAMPLED: tl.constexpr, SUMMED: tl.constexpr, NEXT: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """A step of curvature, momentum and mean; with NEXT also the following sample."""
     segment, i, flat, inside, g = _place(segment_of, offset_of, start, size, group, BLOCK)
     TYPE: tl.constexpr = hess.dtype.element_ty
@@ -102,7 +103,7 @@ def update_kernel(
     ess, delta = tl.load(row), tl.load(row + 1).to(ACC)
     keep, gain = tl.load(row + 2).to(ACC), tl.load(row + 3).to(ACC)
     rate, pull, radius = tl.load(row + 4), tl.load(row + 5).to(ACC), tl.load(row + 6).to(ACC)
-    p = _address(params, segment, hess)
+    p = _address(weights, segment, hess)
     h = tl.load(hess + flat, mask=inside, other=1.0).to(ACC)
     if SAMPLED:
         m = tl.load(mean + flat, mask=inside, other=0.0).to(ACC)

@@ -1,8 +1,9 @@
 """Triton kernels of :mod:`uq.kernels.leapfrog`; imported only where Triton runs."""
 
-from __future__ import annotations
+# Triton compiles annotations, too, and knows none but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -10,10 +11,10 @@ import triton.language as tl
 
 @triton.jit
 def kick_drift_kernel(
-    position: Any, momentum: Any, gradient: Any, step: Any, new_position: Any, new_momentum: Any,
-    n_coordinates: Any, step_row: Any, step_column: Any,
+    position, momentum, gradient, step, new_position, new_momentum,
+    n_coordinates, step_row, step_column,
     SHARE: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """p ← p + share · ε g and θ ← θ + ε p, of a block of one chain: 20 bytes a coordinate."""
     chain = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -29,9 +30,9 @@ def kick_drift_kernel(
 
 @triton.jit
 def kick_energy_kernel(
-    momentum: Any, gradient: Any, step: Any, new_momentum: Any, energy: Any,
-    n_coordinates: Any, step_row: Any, step_column: Any, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    momentum, gradient, step, new_momentum, energy,
+    n_coordinates, step_row, step_column, BLOCK: tl.constexpr,
+):  # fmt: skip
     """p ← p + ½ ε g, and ½ ‖p‖² of a chain in float64: the last half kick."""
     chain = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float64)

@@ -4,9 +4,10 @@ A tile of weights is read once for the four samples of a group, and its noise co
 the counter-based generator at the position of each weight: it never touches memory.
 """
 
-from __future__ import annotations
+# Triton compiles annotations, too, and knows none but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -17,7 +18,7 @@ _SCALARS = ["seed", "stream", "bias_stream", "step", "first", "n_samples", "n_ro
 
 
 @triton.jit
-def softplus(r: Any) -> Any:
+def softplus(r):
     """log(1 + eʳ), also where eʳ is lost beside 1."""
     small = tl.exp(-tl.abs(r))
     whole = 1.0 + small
@@ -29,9 +30,9 @@ def softplus(r: Any) -> Any:
 
 @triton.jit
 def load_weights(
-    mean: Any, std: Any, mask: Any, at: Any, keep: Any,
+    mean, std, mask, at, keep,
     RHO: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """A tile of means and standard deviations, zero where the mask is."""
     m = tl.load(mean + at, mask=keep, other=0.0).to(ACC)
     s = tl.load(std + at, mask=keep, other=0.0).to(ACC)
@@ -45,23 +46,23 @@ def load_weights(
 
 
 @triton.jit
-def lanes(n: Any, k: Any, n_in: Any, group: Any, seed: Any, stream: Any, step: Any) -> Any:
+def lanes(n, k, n_in, group, seed, stream, step):
     """Noise of a tile of weights (n, k) for the four samples of a group."""
     index = n.to(tl.uint32)[:, None] * n_in + k.to(tl.uint32)[None, :]
     return normals4(seed, index, group, stream, step)
 
 
 @triton.jit
-def bias_lanes(n: Any, group: Any, seed: Any, stream: Any, step: Any) -> Any:
+def bias_lanes(n, group, seed, stream, step):
     """Noise of biases for the four samples of a group."""
     return normals4(seed, n.to(tl.uint32), group, stream, step)
 
 
 @triton.jit
 def _store_lane(
-    out: Any, acc: Any, lane: Any, shift: Any, eps: Any, sample: Any, b: Any, n: Any,
-    n_samples: Any, n_rows: Any, n_out: Any,
-) -> Any:  # fmt: skip
+    out, acc, lane, shift, eps, sample, b, n,
+    n_samples, n_rows, n_out,
+):  # fmt: skip
     at = (sample.to(tl.int64) * n_rows + b[:, None]) * n_out + n[None, :]
     keep = (b[:, None] < n_rows) & (n[None, :] < n_out) & (sample >= 0) & (sample < n_samples)
     tl.store(out + at, (acc + (lane + shift * eps)[None, :]).to(out.dtype.element_ty), mask=keep)
@@ -69,14 +70,14 @@ def _store_lane(
 
 @triton.jit(do_not_specialize=_SCALARS)
 def forward_kernel(
-    x: Any, mean: Any, std: Any, mask: Any, bias: Any, bias_std: Any, out: Any,
-    seed: Any, stream: Any, bias_stream: Any, step: Any, first: Any,
-    n_samples: Any, n_rows: Any, n_out: Any, n_in: Any,
+    x, mean, std, mask, bias, bias_std, out,
+    seed, stream, bias_stream, step, first,
+    n_samples, n_rows, n_out, n_in,
     SHARED: tl.constexpr, RHO: tl.constexpr, MASK: tl.constexpr,
     BIAS: tl.constexpr, NOISY_BIAS: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Y[s, b, n] = Σ_k X[s or 0, b, k] (μ + σ ε_s)[n, k] + bias_s[n], four samples a program."""
     b = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -131,7 +132,7 @@ def forward_kernel(
 
 
 @triton.jit
-def _lane_of(pointer: Any, plane: Any, sample: Any, n_samples: Any, keep: Any) -> Any:
+def _lane_of(pointer, plane, sample, n_samples, keep):
     """A tile of one sample; zeros where there is no such sample."""
     exists = (sample >= 0) & (sample < n_samples)
     return tl.load(pointer + sample * plane, mask=keep & exists, other=0.0)
@@ -139,10 +140,10 @@ def _lane_of(pointer: Any, plane: Any, sample: Any, n_samples: Any, keep: Any) -
 
 @triton.jit
 def _outer(
-    x: Any, grad: Any, sample: Any, n: Any, k: Any, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, n_samples: Any, n_rows: Any, n_out: Any, n_in: Any,
+    x, grad, sample, n, k, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, n_samples, n_rows, n_out, n_in,
     SHARED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """Σ_b dY[s, b, n] X[s or 0, b, k] and Σ_b dY[s, b, n] of one sample."""
     total = tl.zeros((BN, BK), ACC)
     column = tl.zeros((BN,), ACC)
@@ -167,12 +168,12 @@ def _outer(
 
 @triton.jit(do_not_specialize=_SCALARS)
 def weight_kernel(
-    x: Any, grad: Any, d_mean: Any, d_std: Any, d_bias: Any, d_bias_std: Any,
-    seed: Any, stream: Any, bias_stream: Any, step: Any, first: Any,
-    n_samples: Any, n_rows: Any, n_out: Any, n_in: Any, groups_each: Any,
+    x, grad, d_mean, d_std, d_bias, d_bias_std,
+    seed, stream, bias_stream, step, first,
+    n_samples, n_rows, n_out, n_in, groups_each,
     SHARED: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """dμ = Σ_s dY_sᵀX_s and dσ = Σ_s (dY_sᵀX_s) ε_s, of a share of the groups of samples."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -223,13 +224,13 @@ def weight_kernel(
 
 @triton.jit(do_not_specialize=_SCALARS)
 def input_kernel(
-    grad: Any, mean: Any, std: Any, mask: Any, dx: Any,
-    seed: Any, stream: Any, step: Any, first: Any,
-    n_samples: Any, n_rows: Any, n_out: Any, n_in: Any,
+    grad, mean, std, mask, dx,
+    seed, stream, step, first,
+    n_samples, n_rows, n_out, n_in,
     SHARED: tl.constexpr, RHO: tl.constexpr, MASK: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """dX_s = dY_s W_s; of a shared input its sum over all samples."""
     b = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -288,8 +289,6 @@ def input_kernel(
 
 
 @triton.jit
-def _store_plane(
-    pointer: Any, value: Any, plane: Any, sample: Any, n_samples: Any, keep: Any
-) -> None:
+def _store_plane(pointer, value, plane, sample, n_samples, keep):
     exists = (sample >= 0) & (sample < n_samples)
     tl.store(pointer + sample * plane, value, mask=keep & exists)

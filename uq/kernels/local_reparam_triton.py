@@ -4,9 +4,10 @@ Both products of a layer, of x with μ and of x² with σ², come from one readi
 noise is drawn where the output is written.
 """
 
-from __future__ import annotations
+# Triton compiles annotations, too, and knows none but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -18,25 +19,21 @@ _SCALARS = ["seed", "stream", "step", "first", "first_row", "n_samples", "n_rows
 
 
 @triton.jit
-def _pick(e0: Any, e1: Any, e2: Any, e3: Any, lane: Any) -> Any:
+def _pick(e0, e1, e2, e3, lane):
     low = tl.where(lane == 0, e0, e1)
     high = tl.where(lane == 2, e2, e3)
     return tl.where(lane < 2, low, high)
 
 
 @triton.jit
-def _noise(
-    b: Any, n: Any, n_out: Any, first_row: Any, group: Any, seed: Any, stream: Any, step: Any
-) -> Any:
+def _noise(b, n, n_out, first_row, group, seed, stream, step):
     """Noise of a tile of outputs (b, n) for the four samples of a group."""
     index = (b + first_row).to(tl.uint32)[:, None] * n_out + n.to(tl.uint32)[None, :]
     return normals4(seed, index, group, stream, step)
 
 
 @triton.jit
-def _store(
-    out: Any, value: Any, sample: Any, n_samples: Any, b: Any, n: Any, n_rows: Any, n_out: Any
-) -> None:
+def _store(out, value, sample, n_samples, b, n, n_rows, n_out):
     at = (sample.to(tl.int64) * n_rows + b[:, None]) * n_out + n[None, :]
     keep = (b[:, None] < n_rows) & (n[None, :] < n_out) & (sample >= 0) & (sample < n_samples)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=keep)
@@ -44,14 +41,14 @@ def _store(
 
 @triton.jit(do_not_specialize=_SCALARS)
 def forward_kernel(
-    x: Any, mean: Any, std: Any, mask: Any, bias: Any, bias_std: Any, out: Any, root: Any,
-    seed: Any, stream: Any, step: Any, first: Any, first_row: Any, floor: Any,
-    n_samples: Any, n_rows: Any, n_out: Any, n_in: Any,
+    x, mean, std, mask, bias, bias_std, out, root,
+    seed, stream, step, first, first_row, floor,
+    n_samples, n_rows, n_out, n_in,
     SHARED: tl.constexpr, RHO: tl.constexpr, MASK: tl.constexpr,
     BIAS: tl.constexpr, NOISY_BIAS: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Y_s = m + √(v + floor) ξ_s, and √(v + floor) for the gradient.
 
     Inputs shared by the samples: a program writes a tile of all of them. Others: of one sample.
@@ -103,9 +100,9 @@ def forward_kernel(
 
 @triton.jit
 def _lane(
-    grad: Any, eps: Any, sample: Any, n_samples: Any, b: Any, n: Any, n_rows: Any, n_out: Any,
+    grad, eps, sample, n_samples, b, n, n_rows, n_out,
     ACC: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     at = (sample.to(tl.int64) * n_rows + b[:, None]) * n_out + n[None, :]
     keep = (b[:, None] < n_rows) & (n[None, :] < n_out) & (sample >= 0) & (sample < n_samples)
     g = tl.load(grad + at, mask=keep, other=0.0).to(ACC)
@@ -114,11 +111,11 @@ def _lane(
 
 @triton.jit(do_not_specialize=_SCALARS)
 def moments_kernel(
-    grad: Any, root: Any, dm: Any, dv: Any,
-    seed: Any, stream: Any, step: Any, first: Any, first_row: Any,
-    n_samples: Any, n_rows: Any, n_out: Any,
+    grad, root, dm, dv,
+    seed, stream, step, first, first_row,
+    n_samples, n_rows, n_out,
     SHARED: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """dm = Σ_s g_s and dv = Σ_s g_s ξ_s / (2 √(v + floor)); of one sample where x is its own."""
     b = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -151,12 +148,12 @@ def moments_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def input_kernel(
-    x: Any, mean: Any, std: Any, mask: Any, dm: Any, dv: Any, dx: Any,
-    n_rows: Any, n_out: Any, n_in: Any,
+    x, mean, std, mask, dm, dv, dx,
+    n_rows, n_out, n_in,
     RHO: tl.constexpr, MASK: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """dX = dm μ + 2X ⊙ (dv σ²)."""
     b = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -181,11 +178,11 @@ def input_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "rows_each"])
 def weight_kernel(
-    x: Any, dm: Any, dv: Any, d_mean: Any, d_square: Any,
-    n_rows: Any, n_out: Any, n_in: Any, rows_each: Any,
+    x, dm, dv, d_mean, d_square,
+    n_rows, n_out, n_in, rows_each,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """dmᵀX and dvᵀX², of a share of the rows."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.program_id(1) * BK + tl.arange(0, BK)

@@ -4,16 +4,17 @@ The counters c0 … c3 may be blocks or numbers of any integer type; they are ta
 gives the shape of what comes back.
 """
 
-from __future__ import annotations
+# Triton compiles annotations, too, and knows none but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def words4(seed: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
+def words4(seed, c0, c1, c2, c3):
     """Four uint32 words at each counter."""
     first = c0.to(tl.uint32)
     zero = first * 0
@@ -27,26 +28,26 @@ def words4(seed: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
 
 
 @triton.jit
-def unit(word: Any) -> Any:
+def unit(word):
     """Word → float32 in [0, 1)."""
     bits = word.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, -bits - 1, bits).to(tl.float32) * 4.6566127342e-10
 
 
 @triton.jit
-def uniform64(word: Any) -> Any:
+def uniform64(word):
     """Word → float64 strictly inside (0, 1)."""
     return (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
 
 
 @triton.jit
-def radius(word: Any) -> Any:
+def radius(word):
     """Length of the two normals that a pair of words gives, from its first."""
     return tl.sqrt(-2.0 * tl.log(tl.maximum(unit(word), 1.0e-7)))
 
 
 @triton.jit
-def normals4(seed: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
+def normals4(seed, c0, c1, c2, c3):
     """Four float32 normals at each counter: those of samples 4c1, 4c1 + 1, 4c1 + 2, 4c1 + 3."""
     w0, w1, w2, w3 = words4(seed, c0, c1, c2, c3)
     r, t = radius(w0), 6.283185307179586 * unit(w1)
@@ -55,7 +56,7 @@ def normals4(seed: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
 
 
 @triton.jit
-def normal_lane(seed: Any, c0: Any, c1: Any, c2: Any, c3: Any, LANE: tl.constexpr) -> Any:
+def normal_lane(seed, c0, c1, c2, c3, LANE: tl.constexpr):
     """One of the four normals: that of sample 4c1 + LANE."""
     w0, w1, w2, w3 = words4(seed, c0, c1, c2, c3)
     if LANE < 2:
@@ -69,9 +70,7 @@ def normal_lane(seed: Any, c0: Any, c1: Any, c2: Any, c3: Any, LANE: tl.constexp
 
 
 @triton.jit(do_not_specialize=["seed", "group", "stream", "step", "start", "n"])
-def fill_words(
-    out: Any, seed: Any, group: Any, stream: Any, step: Any, start: Any, n: Any, BLOCK: tl.constexpr
-) -> None:
+def fill_words(out, seed, group, stream, step, start, n, BLOCK: tl.constexpr):
     """Four words of elements start … start + n − 1, to rows of ``out`` (4, n) int64."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     w0, w1, w2, w3 = words4(seed, i + start, group, stream, step)
@@ -86,17 +85,17 @@ def fill_words(
     do_not_specialize=["seed", "group", "stream", "step", "start", "n", "before", "n_samples"]
 )
 def fill_normals(
-    out: Any,
-    seed: Any,
-    group: Any,
-    stream: Any,
-    step: Any,
-    start: Any,
-    n: Any,
-    before: Any,
-    n_samples: Any,
+    out,
+    seed,
+    group,
+    stream,
+    step,
+    start,
+    n,
+    before,
+    n_samples,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """Noise of samples first … first + n_samples − 1, to ``out`` (n_samples, n).
 
     Axis 1 of the grid counts groups of four samples from ``group``; ``before`` samples of the first

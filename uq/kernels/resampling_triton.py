@@ -1,6 +1,6 @@
 """Triton kernels of :mod:`uq.kernels.resampling`; imported only where Triton runs.
 
-Up to 4096 particles a program has a run to itself: one launch forms the thresholds T, the next
+Up to 16,384 particles a program has a run to itself: one launch forms the thresholds T, the next
 searches them and gathers. Beyond, tiles of a run are summed first, and each adds what comes before
 it. Sums are in float64.
 
@@ -9,9 +9,10 @@ cumulative weight of a particle of weight zero is set to that of the one before,
 positive weight on the threshold lies above every point.
 """
 
-from __future__ import annotations
+# Triton compiles annotations, too, and knows none but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -22,21 +23,21 @@ SYSTEMATIC = tl.constexpr(0)
 STRATIFIED = tl.constexpr(1)
 RESIDUAL = tl.constexpr(2)
 MULTINOMIAL = tl.constexpr(3)
-NUMBERS = ["seed", "stream", "step", "n_particles", "n", "n_tiles", "threshold", "n_values"]
+NUMBERS = ["seed", "stream", "step", "n_particles", "n", "n_tiles", "limit", "n_values"]
 
 
 @triton.jit
-def _larger(a: Any, b: Any) -> Any:
+def _larger(a, b):
     return tl.maximum(a, b)
 
 
 @triton.jit
-def _rising(c: Any) -> Any:
+def _rising(c):
     return tl.associative_scan(c, 0, _larger)
 
 
 @triton.jit
-def _load(log_weights: Any, run: Any, k: Any, n_particles: Any) -> Any:
+def _load(log_weights, run, k, n_particles):
     """Log weights in float64, with −inf for NaN and +inf."""
     n_particles = n_particles.to(tl.int64)
     at = log_weights + run * n_particles + k
@@ -45,7 +46,7 @@ def _load(log_weights: Any, run: Any, k: Any, n_particles: Any) -> Any:
 
 
 @triton.jit
-def _weights(x: Any, top: Any, k: Any, n_particles: Any) -> Any:
+def _weights(x, top, k, n_particles):
     """Weights over the largest; 1 where all are zero, and 0 beyond the particles."""
     dead = top == -float("inf")
     w = tl.exp(x - tl.where(dead, 0.0, top))
@@ -54,13 +55,13 @@ def _weights(x: Any, top: Any, k: Any, n_particles: Any) -> Any:
 
 
 @triton.jit
-def _uniform(seed: Any, i: Any, run: Any, stream: Any, step: Any) -> Any:
+def _uniform(seed, i, run, stream, step):
     word, _, _, _ = words4(seed, i, run, stream, step)
     return uniform64(word)
 
 
 @triton.jit
-def _seed(seed_at: Any, seed: Any, POINTER: tl.constexpr) -> Any:
+def _seed(seed_at, seed, POINTER: tl.constexpr):
     if POINTER:
         return tl.load(seed_at)
     else:
@@ -68,8 +69,8 @@ def _seed(seed_at: Any, seed: Any, POINTER: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _row(sums: Any, run: Any, tile: Any, n_tiles: Any, TILES: tl.constexpr) -> Any:
-    """Sum of the tiles before ``tile``, with it, and of all; and whether a later one is positive."""
+def _row(sums, run, tile, n_tiles, TILES: tl.constexpr):
+    """Sums of the tiles before ``tile``, up to it, and of all; and the largest of a later one."""
     t = tl.arange(0, TILES)
     v = tl.load(sums + run * n_tiles + t, mask=t < n_tiles, other=0.0)
     c = _rising(tl.where(v > 0, tl.cumsum(v, 0), 0.0))
@@ -80,43 +81,31 @@ def _row(sums: Any, run: Any, tile: Any, n_tiles: Any, TILES: tl.constexpr) -> A
 
 
 @triton.jit
-def _cumulative(w: Any, before: Any, upto: Any) -> Any:
+def _cumulative(w, before, upto):
     c = tl.minimum(before + tl.cumsum(w, 0), upto)
     return _rising(tl.where(w > 0, c, before))
 
 
 @triton.jit
-def _last(w: Any, k: Any) -> Any:
-    """Place of the last positive weight, −1 if there is none."""
-    return tl.max(tl.where(w > 0, k, -1), 0)
+def _complete(w, k, later):
+    """Whether no later particle has a positive weight; ``later`` is the most of later tiles."""
+    last = tl.max(tl.where(w > 0, k, -1), 0)
+    return k >= tl.where(later > 0, 2147483647, last)
 
 
 @triton.jit
-def _plain(w: Any, k: Any, n: Any, before: Any, upto: Any, total: Any, later: Any) -> Any:
-    """Thresholds n·C."""
-    t = n * (_cumulative(w, before, upto) / total)
-    return tl.where((later == 0) & (k >= _last(w, k)), 2.0 * n + 2.0, t)
-
-
-@triton.jit
-def _residual(
-    whole: Any, part: Any, k: Any, n: Any, u: Any, whole_before: Any, whole_total: Any,
-    before: Any, upto: Any, total: Any, later: Any,
-) -> Any:  # fmt: skip
+def _copies(certain, c, u, rest, parts, complete):
     """Numbers of copies up to each particle: certain ones, and points of the rest below it."""
-    certain = whole_before + tl.cumsum(whole, 0)
-    rest = n - whole_total
-    t = rest * (_cumulative(part, before, upto) / tl.where(total > 0, total, 1.0))
-    full = (t >= rest) | ((later == 0) & (k >= _last(part, k)))
-    points = tl.maximum(tl.ceil(t - u), 0.0)
-    return certain + tl.where(full, rest, tl.minimum(points, rest))
+    t = rest * (c / tl.where(parts > 0, parts, 1.0))
+    points = tl.minimum(tl.maximum(tl.ceil(t - u), 0.0), rest)
+    return certain + tl.where((t >= rest) | complete, rest, points)
 
 
 @triton.jit
 def _finish(
-    log_w: Any, ess: Any, log_sum: Any, degenerate: Any, x: Any, top: Any, total: Any, squares: Any,
-    run: Any, k: Any, n_particles: Any, first: Any,
-) -> None:  # fmt: skip
+    log_w, ess, log_sum, degenerate, x, top, total, squares,
+    run, k, n_particles, first,
+):  # fmt: skip
     """Write what :func:`uq.kernels.resampling.normalize` gives."""
     dead = top == -float("inf")
     log_total = tl.where(dead, 0.0, top) + tl.log(total)
@@ -130,51 +119,81 @@ def _finish(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def run_kernel(
-    log_weights: Any, log_w: Any, ess: Any, log_sum: Any, degenerate: Any, thresholds: Any,
-    points: Any, seed_at: Any, seed: Any, stream: Any, step: Any, n_particles: Any, n: Any,
+    log_weights, log_w, ess, log_sum, degenerate, thresholds,
+    points, seed_at, seed, stream, step, n_particles, n,
     POINTER: tl.constexpr, SCHEME: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
-) -> None:  # fmt: skip
-    """All of a run that fits a program. A negative scheme normalises only."""
+):  # fmt: skip
+    """All of a run, a tile after the other. A negative scheme normalises only."""
     run = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    x = _load(log_weights, run, k, n_particles)
-    top = tl.max(x, 0)
-    w = _weights(x, top, k, n_particles)
-    total = tl.sum(w, 0)
-    _finish(
-        log_w, ess, log_sum, degenerate, x, top, total, tl.sum(w * w, 0), run, k, n_particles, True
-    )
-    if SCHEME >= 0:
-        key = _seed(seed_at, seed, POINTER)
-        count = n.to(tl.float64)
-        zero = 0.0 * total
+    lanes = tl.arange(0, BLOCK)
+    top = tl.max(_load(log_weights, run, lanes, n_particles), 0)
+    for start in range(BLOCK, n_particles, BLOCK):
+        top = tl.maximum(top, tl.max(_load(log_weights, run, start + lanes, n_particles), 0))
+    zero = tl.where(top != top, top, 0.0)  # a float64 that is no constant
+    total, squares, last = zero, zero, tl.max(lanes * 0, 0) - 1
+    for start in range(0, n_particles, BLOCK):
+        k = start + lanes
+        w = _weights(_load(log_weights, run, k, n_particles), top, k, n_particles)
+        squares += tl.sum(w * w, 0)
+        # The last of the sums that are formed below, in the same order.
+        total = tl.max(total + tl.cumsum(w, 0), 0)
+        last = tl.maximum(last, tl.max(tl.where(w > 0, k, -1), 0))
+    count = n.to(tl.float64)
+    n_all = n_particles.to(tl.int64)
+    wholes, parts, u = zero, zero, zero
+    if SCHEME == RESIDUAL:
+        u = tl.max(_uniform(_seed(seed_at, seed, POINTER), lanes * 0, run, stream, step), 0)
+        last = last * 0 - 1
+        for start in range(0, n_particles, BLOCK):
+            k = start + lanes
+            w = _weights(_load(log_weights, run, k, n_particles), top, k, n_particles)
+            expected = w * (count / total)
+            wholes += tl.sum(tl.floor(expected), 0)
+            part = expected - tl.floor(expected)
+            parts = tl.max(parts + tl.cumsum(part, 0), 0)
+            last = tl.maximum(last, tl.max(tl.where(part > 0, k, -1), 0))
+    certain, before = zero, zero
+    for start in range(0, n_particles, BLOCK):
+        k = start + lanes
+        x = _load(log_weights, run, k, n_particles)
+        _finish(
+            log_w, ess, log_sum, degenerate, x, top, total, squares, run, k, n_particles, start == 0
+        )
+        w = _weights(x, top, k, n_particles)
         if SCHEME == RESIDUAL:
             expected = w * (count / total)
             whole = tl.floor(expected)
             part = expected - whole
-            u = tl.max(_uniform(key, k * 0, run, stream, step), 0)
-            # Sums of parts in the order of the scan, of which the last is the largest.
-            all_parts = tl.max(tl.cumsum(part, 0), 0)
-            t = _residual(
-                whole, part, k, count, u, zero, tl.sum(whole, 0), zero, all_parts, all_parts, zero
-            )
-        else:
-            sum_of_scan = tl.max(tl.cumsum(w, 0), 0)
-            t = _plain(w, k, count, zero, sum_of_scan, sum_of_scan, zero)
-        n_all = n_particles.to(tl.int64)
-        tl.store(thresholds + run * n_all + k, t, mask=k < n_all)
-        if SCHEME == MULTINOMIAL:
-            i = tl.arange(0, PLACES)
-            times = -tl.log(_uniform(key, i, run, stream, step))
-            arrivals = tl.cumsum(tl.where(i <= n, times, 0.0), 0)
-            at = points + run * n.to(tl.int64) + i
-            tl.store(at, count * (arrivals / tl.max(arrivals, 0)), mask=i < n)
+            c = _cumulative(part, before, parts)
+            t = _copies(certain + tl.cumsum(whole, 0), c, u, count - wholes, parts, k >= last)
+            tl.store(thresholds + run * n_all + k, t, mask=k < n_all)
+            certain += tl.sum(whole, 0)
+            before = tl.max(c, 0)
+        elif SCHEME >= 0:
+            c = _cumulative(w, before, total)
+            t = tl.where(k >= last, 2.0 * count + 2.0, count * (c / total))
+            tl.store(thresholds + run * n_all + k, t, mask=k < n_all)
+            before = tl.max(c, 0)
+    if SCHEME == MULTINOMIAL:
+        key = _seed(seed_at, seed, POINTER)
+        places = tl.arange(0, PLACES)
+        end = zero
+        for start in range(0, n + 1, PLACES):
+            i = start + places
+            times = tl.where(i <= n, -tl.log(_uniform(key, i, run, stream, step)), 0.0)
+            end = tl.max(end + tl.cumsum(times, 0), 0)
+        before = zero
+        for start in range(0, n + 1, PLACES):
+            i = start + places
+            times = tl.where(i <= n, -tl.log(_uniform(key, i, run, stream, step)), 0.0)
+            c = _cumulative(times, before, end)
+            tl.store(points + run * n.to(tl.int64) + i, count * (c / end), mask=i < n)
+            before = tl.max(c, 0)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def tile_max_kernel(
-    log_weights: Any, tops: Any, n_particles: Any, n_tiles: Any, BLOCK: tl.constexpr
-) -> None:
+def tile_max_kernel(log_weights, tops, n_particles, n_tiles, BLOCK: tl.constexpr):
+    """Largest log weight of a tile."""
     run, tile = (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles
     k = tile * BLOCK + tl.arange(0, BLOCK)
     x = _load(log_weights, run, k, n_particles)
@@ -182,16 +201,17 @@ def tile_max_kernel(
 
 
 @triton.jit
-def _top(tops: Any, run: Any, n_tiles: Any, TILES: tl.constexpr) -> Any:
+def _top(tops, run, n_tiles, TILES: tl.constexpr):
     t = tl.arange(0, TILES)
     return tl.max(tl.load(tops + run * n_tiles + t, mask=t < n_tiles, other=-float("inf")), 0)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def tile_sum_kernel(
-    log_weights: Any, tops: Any, sums: Any, squares: Any, n_particles: Any, n_tiles: Any,
+    log_weights, tops, sums, squares, n_particles, n_tiles,
     BLOCK: tl.constexpr, TILES: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
+    """Sums of a tile's weights and of their squares."""
     run, tile = (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles
     k = tile * BLOCK + tl.arange(0, BLOCK)
     x = _load(log_weights, run, k, n_particles)
@@ -202,9 +222,9 @@ def tile_sum_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def tile_parts_kernel(
-    log_weights: Any, tops: Any, sums: Any, wholes: Any, parts: Any, n_particles: Any, n: Any,
-    n_tiles: Any, BLOCK: tl.constexpr, TILES: tl.constexpr,
-) -> None:  # fmt: skip
+    log_weights, tops, sums, wholes, parts, n_particles, n,
+    n_tiles, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Certain copies of a tile, and what is left of its expected ones."""
     run, tile = (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles
     k = tile * BLOCK + tl.arange(0, BLOCK)
@@ -219,11 +239,11 @@ def tile_parts_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def tile_kernel(
-    log_weights: Any, tops: Any, sums: Any, squares: Any, wholes: Any, parts: Any,
-    log_w: Any, ess: Any, log_sum: Any, degenerate: Any, thresholds: Any,
-    seed_at: Any, seed: Any, stream: Any, step: Any, n_particles: Any, n: Any, n_tiles: Any,
+    log_weights, tops, sums, squares, wholes, parts,
+    log_w, ess, log_sum, degenerate, thresholds,
+    seed_at, seed, stream, step, n_particles, n, n_tiles,
     POINTER: tl.constexpr, SCHEME: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """What ``run_kernel`` writes, for a tile of a run."""
     run, tile = (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles
     k = tile * BLOCK + tl.arange(0, BLOCK)
@@ -244,21 +264,22 @@ def tile_kernel(
             u = tl.max(_uniform(key, k * 0, run, stream, step), 0)
             whole_before, _, whole_total, _ = _row(wholes, run, tile, n_tiles, TILES)
             before, upto, total, later = _row(parts, run, tile, n_tiles, TILES)
-            t = _residual(
-                whole, expected - whole, k, count, u, whole_before, whole_total,
-                before, upto, total, later,
-            )  # fmt: skip
+            part = expected - whole
+            c = _cumulative(part, before, upto)
+            certain = whole_before + tl.cumsum(whole, 0)
+            t = _copies(certain, c, u, count - whole_total, total, _complete(part, k, later))
         else:
-            t = _plain(w, k, count, before, upto, total, later)
+            t = count * (_cumulative(w, before, upto) / total)
+            t = tl.where(_complete(w, k, later), 2.0 * count + 2.0, t)
         n_all = n_particles.to(tl.int64)
         tl.store(thresholds + run * n_all + k, t, mask=k < n_all)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def time_sum_kernel(
-    sums: Any, seed_at: Any, seed: Any, stream: Any, step: Any, n: Any, n_tiles: Any,
+    sums, seed_at, seed, stream, step, n, n_tiles,
     POINTER: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Sum of a tile of the n + 1 waiting times whose arrivals are ordered uniforms."""
     run, tile = (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles
     i = tile * BLOCK + tl.arange(0, BLOCK)
@@ -268,9 +289,9 @@ def time_sum_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def time_kernel(
-    sums: Any, points: Any, seed_at: Any, seed: Any, stream: Any, step: Any, n: Any, n_tiles: Any,
+    sums, points, seed_at, seed, stream, step, n, n_tiles,
     POINTER: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Ordered uniforms of a tile, times n."""
     run, tile = (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles
     i = tile * BLOCK + tl.arange(0, BLOCK)
@@ -283,13 +304,13 @@ def time_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def search_kernel(
-    thresholds: Any, points: Any, log_w: Any, ess: Any, ancestors: Any, new_log_w: Any,
-    resampled: Any, values: Any, taken: Any,
-    seed_at: Any, seed: Any, stream: Any, step: Any, n_particles: Any, n: Any, n_tiles: Any,
-    threshold: Any, n_values: Any,
+    thresholds, points, log_w, ess, ancestors, new_log_w,
+    resampled, values, taken,
+    seed_at, seed, stream, step, n_particles, n, n_tiles,
+    limit, n_values,
     POINTER: tl.constexpr, SCHEME: tl.constexpr, ALWAYS: tl.constexpr, GATHER: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """First particle whose threshold exceeds the point of each place, and its values."""
     run, tile = (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles
     i = tile * BLOCK + tl.arange(0, BLOCK)
@@ -312,13 +333,17 @@ def search_kernel(
         high = tl.where(above, middle, high)
         low = tl.where(above, low, tl.minimum(middle + 1, high))
     chosen = low
+    equal = -tl.log(n.to(tl.float64))
+    old = equal
+    drawn = run >= 0
     if not ALWAYS:
-        drawn = tl.load(ess + run) <= threshold
+        # The bits of a float64: a number with a point would come as a float32.
+        drawn = tl.load(ess + run) <= tl.to_tensor(limit).to(tl.int64).to(tl.float64, bitcast=True)
         chosen = tl.where(drawn, chosen, i)
         old = tl.load(log_w + run * n_all + i, mask=inside, other=0.0)
-        equal = -tl.log(n.to(tl.float64))
-        tl.store(new_log_w + run * n_places + i, tl.where(drawn, equal, old), mask=inside)
-        tl.store(resampled + run, drawn.to(tl.int8), mask=tile == 0)
+    new = tl.where(drawn, equal, old)
+    tl.store(new_log_w + run * n_places + i, tl.where(inside, new, 0.0), mask=inside)
+    tl.store(resampled + run, drawn.to(tl.int8), mask=tile == 0)
     tl.store(ancestors + run * n_places + i, chosen.to(tl.int64), mask=inside)
     if GATHER:
         width = n_values.to(tl.int64)
@@ -333,9 +358,9 @@ def search_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def take_kernel(
-    values: Any, ancestors: Any, taken: Any, n_particles: Any, n: Any, n_tiles: Any, n_values: Any,
+    values, ancestors, taken, n_particles, n, n_tiles, n_values,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Rows of the values at given ancestors."""
     run, tile = (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles
     i = tile * BLOCK + tl.arange(0, BLOCK)

@@ -4,9 +4,10 @@ A program takes a tile of queries through a share of the support. Distances neve
 registers: what does is a minimum, a count or the few positions that rounding cannot tell apart.
 """
 
-from __future__ import annotations
+# Triton compiles annotations, too, and knows none but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
@@ -16,9 +17,9 @@ _FAR = tl.constexpr((1 << 63) - 1)
 
 @triton.jit
 def squared_distances(
-    q: Any, s: Any, q_norm: Any, s_norm: Any, i: Any, j: Any, n_queries: Any, n_rows: Any,
-    n_features: Any, PRECISION: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
-) -> Any:  # fmt: skip
+    q, s, q_norm, s_norm, i, j, n_queries, n_rows,
+    n_features, PRECISION: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """‖q‖² + ‖s‖² − 2qs of a tile, at least 0."""
     inner = tl.zeros((BQ, BS), tl.float32)
     for start in range(0, n_features, BK):
@@ -37,7 +38,7 @@ def squared_distances(
 
 
 @triton.jit
-def packed(squared: Any, j: Any, visible: Any) -> Any:
+def packed(squared, j, visible):
     """Distance and position in one integer: its order is theirs."""
     bits = squared.to(tl.int32, bitcast=True).to(tl.int64)
     return tl.where(visible, (bits << 32) | j.to(tl.int64)[None, :], _FAR)
@@ -45,10 +46,10 @@ def packed(squared: Any, j: Any, visible: Any) -> Any:
 
 @triton.jit(do_not_specialize=["n_queries", "n_rows", "tiles_each"])
 def scan_kernel(
-    q: Any, s: Any, q_norm: Any, s_norm: Any, predicted: Any, group: Any, hidden: Any,
-    nearest: Any, radius: Any, n_queries: Any, n_rows: Any, n_features: Any, tiles_each: Any,
+    q, s, q_norm, s_norm, predicted, group, hidden,
+    nearest, radius, n_queries, n_rows, n_features, tiles_each,
     PRECISION: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Smallest key over all rows, and over rows that are not of the predicted group."""
     i = tl.program_id(0) * BQ + tl.arange(0, BQ)
     share = tl.program_id(1)
@@ -73,10 +74,10 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["n_queries", "n_rows", "tiles_each"])
 def count_kernel(
-    q: Any, s: Any, q_norm: Any, s_norm: Any, hidden: Any, limit: Any, counts: Any,
-    n_queries: Any, n_rows: Any, n_features: Any, tiles_each: Any,
+    q, s, q_norm, s_norm, hidden, limit, counts,
+    n_queries, n_rows, n_features, tiles_each,
     PRECISION: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Rows whose key is below the query's limit."""
     i = tl.program_id(0) * BQ + tl.arange(0, BQ)
     share = tl.program_id(1)
@@ -95,12 +96,12 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=["n_queries", "n_rows", "tiles_each"])
 def window_kernel(
-    q: Any, s: Any, q_norm: Any, s_norm: Any, hidden: Any, inner: Any, outer: Any, reach: Any,
-    counts: Any, hits: Any, slots: Any,
-    n_queries: Any, n_rows: Any, n_features: Any, tiles_each: Any,
+    q, s, q_norm, s_norm, hidden, inner, outer, reach,
+    counts, hits, slots,
+    n_queries, n_rows, n_features, tiles_each,
     PRECISION: tl.constexpr, SLOTS: tl.constexpr,
     BQ: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Rows closer than ``inner``, and positions of those up to ``outer`` or within ``reach``.
 
     A position p goes out as 2p + 1 where it lies between ``inner`` and ``outer``, else as 2p.
@@ -138,11 +139,11 @@ def window_kernel(
 
 @triton.jit(do_not_specialize=["n_queries", "n_rows", "tiles_each"])
 def nearest_kernel(
-    q: Any, s: Any, q_norm: Any, s_norm: Any, hidden: Any, out: Any,
-    n_queries: Any, n_rows: Any, n_features: Any, tiles_each: Any,
+    q, s, q_norm, s_norm, hidden, out,
+    n_queries, n_rows, n_features, tiles_each,
     K: tl.constexpr, PRECISION: tl.constexpr,
     BQ: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """The K smallest keys of each query, ascending."""
     i = tl.program_id(0) * BQ + tl.arange(0, BQ)
     share = tl.program_id(1)
