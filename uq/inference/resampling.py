@@ -10,7 +10,8 @@ Particle k of S is copied O_k times, with E[O_k] = S w_k. All schemes choose ord
 The search is turned round: N_k = #{i : u_i < C_k} has a closed form (for stratified points ⌊nC_k⌋
 and one comparison), and the ancestors are a cumulative histogram of N. That is linear in S, has no
 loop over runs and never waits for the device. Sums are in float64: in float32 a cumulative sum
-picks the wrong ancestor for a few per cent of 10⁴ particles, and for nearly all of 10⁶.
+picks the wrong ancestor for a few per cent of 10⁴ particles, and for nearly all of 10⁶. On a GPU
+it is two launches (:mod:`uq.kernels.resampling`), and the generator gives a seed.
 
 Definitions as in R. Douc, O. Cappé, É. Moulines, "Comparison of resampling schemes for particle
 filtering", ISPA 2005, arXiv cs/0507025.
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 from uq.errors import DataError, ParameterError
+from uq.kernels import resampling as kernels
+from uq.kernels.dispatch import use_triton
 
 SCHEMES = ("stratified", "systematic", "residual", "multinomial")
 
@@ -70,6 +73,8 @@ def normalize(log_weights: Tensor) -> Weights:
     (tensor([0.5000, 0.5000, 0.0000], dtype=torch.float64), 2.0)
     """
     _check_shape(log_weights)
+    if _on_gpu(log_weights):
+        return Weights(*kernels.normalize(log_weights))
     clean = _without_nan(log_weights)
     degenerate = clean.amax(-1) == -math.inf
     safe = clean.masked_fill(degenerate[..., None], 0.0)
@@ -127,6 +132,9 @@ def ancestors(
     log_weights: Tensor, scheme: str, n: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """As :func:`resample`, without checks: never waits for the device."""
+    if _on_gpu(log_weights):
+        seed = _seed(log_weights, generator)
+        return kernels.resample(log_weights, scheme, seed, n=n).ancestors
     u = uniforms(log_weights, scheme, n, generator)
     return _ancestors(_counts(_scaled(log_weights), scheme, n, u), n)
 
@@ -147,6 +155,8 @@ def resample_below(
     """
     log_w = weights.log_weights
     n = log_w.shape[-1]
+    if _on_gpu(log_w):
+        return kernels.resample(log_w, scheme, _seed(log_w, generator), threshold=threshold)[:3]
     resampled = weights.ess <= threshold * n if threshold < 1 else weights.ess > 0
     drawn = ancestors(log_w, scheme, n, generator)
     kept = torch.arange(n, device=log_w.device)
@@ -161,6 +171,27 @@ def unique_share(ancestors: Tensor) -> Tensor:
     """Share of distinct ancestors, which must be in increasing order."""
     changes = (ancestors[..., 1:] != ancestors[..., :-1]).sum(-1)
     return (changes + 1) / ancestors.shape[-1]
+
+
+def take(values: Tensor, ancestors: Tensor) -> Tensor:
+    """Rows of ``values`` (…, S, *shape) at ``ancestors`` (…, n)."""
+    if _on_gpu(values):
+        return kernels.take(values, ancestors)
+    extra = values.ndim - ancestors.ndim
+    index = ancestors.reshape(*ancestors.shape, *(1,) * extra)
+    shape = (*ancestors.shape, *values.shape[ancestors.ndim :])
+    return values.gather(ancestors.ndim - 1, index.expand(shape))
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    """Whether noise is counted: on a GPU, by kernels or by their reference."""
+    return tensor.is_cuda or use_triton(tensor)
+
+
+def _seed(log_weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Seed that stays on the device."""
+    low, high = -(2**63), 2**63 - 1
+    return torch.randint(low, high, (), generator=generator, device=log_weights.device)
 
 
 # -- the schemes -------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from uq.inference.resampling import (
     check_scheme,
     normalize,
     resample_below,
+    take,
     unique_share,
 )
 from uq.inference.smc_moves import LogDensity, Move, RandomWalk, check_count
@@ -104,8 +105,8 @@ class SMCResult:
         """Draw ``n`` particles of equal weight (systematic resampling)."""
         chosen = ancestors(self.log_weights, "systematic", n, generator)
         if isinstance(self.particles, dict):
-            return {k: _take(v, chosen) for k, v in self.particles.items()}
-        return _take(self.particles, chosen)
+            return {k: take(v, chosen) for k, v in self.particles.items()}
+        return take(self.particles, chosen)
 
     def diagnostics(self) -> dict[str, Any]:
         """Return all but the particles as NumPy arrays."""
@@ -115,13 +116,6 @@ class SMCResult:
             value = getattr(self, name).cpu().numpy()
             found[name] = value if value.ndim else float(value)
         return found
-
-
-def _take(values: Tensor, chosen: Tensor) -> Tensor:
-    """Rows of ``values`` (…, S, *shape) at ``chosen`` (…, n)."""
-    extra = values.ndim - chosen.ndim
-    index = chosen.reshape(*chosen.shape, *(1,) * extra)
-    return values.gather(chosen.ndim - 1, index.expand(*chosen.shape, *values.shape[chosen.ndim :]))
 
 
 @dataclass
@@ -414,7 +408,7 @@ class SMCSampler:
         chosen, log_w, resampled = resample_below(
             weights, self.ess_threshold, self.resampling, generator
         )
-        theta = _take(state.theta, chosen)
+        theta = take(state.theta, chosen)
         acceptance = torch.full_like(reached, math.nan)
         # Where no run was resampled there is nothing to diversify.
         if bool(resampled.any()):
