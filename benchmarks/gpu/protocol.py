@@ -7,7 +7,9 @@ nothing is timed: that run shows that the benchmark itself works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -103,3 +105,17 @@ def absolute(found: Tensor, wanted: Tensor) -> float:
 def differing(found: Tensor, wanted: Tensor) -> float:
     """Share of entries that are not equal."""
     return float((found != wanted.to(found.device)).double().mean())
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Within it ``UQ_KERNELS`` is as given; "reference" for the torch reference on the device."""
+    before = os.environ.get("UQ_KERNELS")
+    os.environ["UQ_KERNELS"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["UQ_KERNELS"]
+        else:
+            os.environ["UQ_KERNELS"] = before
