@@ -10,11 +10,13 @@ import resource
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
+from matplotlib.figure import Figure
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from scipy.optimize import minimize
@@ -35,11 +37,12 @@ from uq import (
 )
 from uq.distributions import NormalMixture
 from uq.inference.implicit_vi import ImplicitWeights, linearized_entropy
-from uq.nn import MLP, CategoricalLikelihood, Network, NormalPrior
+from uq.nn import MLP, CategoricalLikelihood, Network, NormalLikelihood, NormalPrior
 from uq.nn.bayesian import BayesianNetwork
 from uq.nn.implicit import MatrixGenerator, MLPGenerator, WeightLayout
 
 SEEDS = range(3)
+PLOTS = Path(__file__).parent / "results" / "plots"
 
 # -- speed and memory ----------------------------------------------------------------------------
 
@@ -189,8 +192,8 @@ def peak_mb() -> float:
 # -- linear regression: the full covariance ------------------------------------------------------
 
 
-def linear_regression(seed: int) -> dict[str, float]:
-    """Posterior standard deviations and covariance of correlated inputs, relative to the exact."""
+def covariances(seed: int) -> dict[str, Tensor]:
+    """Posterior covariance of the weights of correlated inputs: exact, implicit and mean-field."""
     g = torch.Generator().manual_seed(seed)
     d, n, noise, sigma = 5, 12, 0.5, 1e-3
     mix = torch.randn(d, d, generator=g, dtype=torch.float64)
@@ -209,19 +212,54 @@ def linear_regression(seed: int) -> dict[str, float]:
         return value.item(), gradient.flatten().numpy()
 
     minimize(loss, a.detach().flatten().numpy(), jac=True, method="L-BFGS-B")
-    found = (a @ a.T).detach() + sigma**2 * torch.eye(d)
-    mean_field = (1 / precision.diagonal()).diag()  # its optimum, in closed form
+    return {
+        "exact": exact,
+        "implicit": (a @ a.T).detach() + sigma**2 * torch.eye(d),
+        "mean-field": (1 / precision.diagonal()).diag(),  # its optimum, in closed form
+    }
 
-    def compare(covariance: Tensor) -> tuple[float, float]:
-        ratio = (covariance.diagonal() / exact.diagonal()).sqrt().mean()
-        return float(ratio), float((covariance - exact).norm() / exact.norm())
 
+def linear_regression(seed: int) -> dict[str, float]:
+    """Standard deviations and covariance, relative to the exact."""
+    found = covariances(seed)
+    exact = found.pop("exact")
     out = {}
-    for name, covariance in (("implicit", found), ("mean-field", mean_field)):
-        std, error = compare(covariance)
-        out[f"{name}, mean std / exact"] = std
-        out[f"{name}, relative error of the covariance"] = error
+    for name, covariance in found.items():
+        ratio = (covariance.diagonal() / exact.diagonal()).sqrt().mean()
+        out[f"{name}, mean std / exact"] = float(ratio)
+        error = (covariance - exact).norm() / exact.norm()
+        out[f"{name}, relative error of the covariance"] = float(error)
     return out
+
+
+def plot_covariances(seed: int = 0) -> Path:
+    """Ellipses of one and two standard deviations, for the two weights of largest correlation."""
+    found = covariances(seed)
+    exact = found["exact"]
+    std = exact.diagonal().sqrt()
+    correlation = (exact / std / std[:, None]).fill_diagonal_(0).abs()
+    i, j = divmod(int(correlation.argmax()), len(exact))
+    angle = torch.linspace(0, 2 * math.pi, 200, dtype=exact.dtype)
+    circle = torch.stack([angle.cos(), angle.sin()])
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("exact", "k-"), ("implicit", "C1--"), ("mean-field", "C0-")):
+        covariance = found[name][[i, j]][:, [i, j]]
+        error = (found[name] - exact).norm() / exact.norm()
+        label = name if name == "exact" else f"{name} (relative error {float(error):.2g})"
+        for size in (1, 2):
+            x, y = (size * torch.linalg.cholesky(covariance) @ circle).numpy()
+            axes.plot(x, y, style, label=label if size == 1 else None)
+    axes.set(
+        title="Posterior of Bayesian linear regression",
+        xlabel=f"weight {i + 1}, from its mean",
+        ylabel=f"weight {j + 1}, from its mean",
+    )
+    axes.legend(loc="best", fontsize=8)
+    path = PLOTS / "implicit_covariance.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return path
 
 
 # -- digits: collapse without the entropy --------------------------------------------------------
@@ -283,7 +321,7 @@ def toy(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return x / x.max(), y + 0.3 * rng.normal(size=len(x))
 
 
-def nuts(warmup: int = 1000, draws: int = 1000, chains: int = 4) -> dict[str, Any]:
+def nuts(warmup: int = 1000, draws: int = 5000, chains: int = 4) -> dict[str, Any]:
     """Draws of the exact posterior of the estimators' network, at GRID, by NumPyro's NUTS."""
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     import jax
@@ -320,7 +358,7 @@ def nuts(warmup: int = 1000, draws: int = 1000, chains: int = 4) -> dict[str, An
         num_warmup=warmup,
         num_samples=draws,
         num_chains=chains,
-        chain_method="sequential",
+        chain_method="vectorized",
         progress_bar=False,
     )
     mcmc.run(jax.random.PRNGKey(0))
@@ -334,21 +372,6 @@ def nuts(warmup: int = 1000, draws: int = 1000, chains: int = 4) -> dict[str, An
     }
 
 
-METHODS: dict[str, Callable[[int], Any]] = {
-    "implicit VI, L'": lambda seed: ImplicitVIRegressor(**IMPLICIT, random_state=seed),
-    "implicit VI, L''": lambda seed: ImplicitVIRegressor(
-        **IMPLICIT, bound="smallest", random_state=seed
-    ),
-    "mean-field VI": lambda seed: SSVIRegressor(
-        density=1.0, temperature=1.0, n_samples=256, prior_scale=TOY_PRIOR, **TOY, random_state=seed
-    ),
-    "IVON": lambda seed: IVONRegressor(
-        n_samples=256, prior_scale=TOY_PRIOR, **TOY, random_state=seed
-    ),
-    "ensemble of 5": lambda seed: EnsembleRegressor(
-        n_members=5, prior_scale=TOY_PRIOR, patience=None, **TOY, random_state=seed
-    ),
-}
 TOY: dict[str, Any] = {
     "hidden": HIDDEN,
     "batch_size": None,
@@ -356,12 +379,84 @@ TOY: dict[str, Any] = {
     "device": "cpu",
 }
 IMPLICIT: dict[str, Any] = {
-    "lr": 1e-2,
+    "lr": 3e-3,
+    "mc_samples": 4,
     "noise_dim": 100,
     "width": 24,
     "n_samples": 256,
     "prior_scale": TOY_PRIOR,
     **TOY,
+}
+
+
+def mean_field(seed: int) -> NormalMixture:
+    """Independent Normals on the weights of the same network under the same prior, by hand.
+
+    Draws, steps and warm-up of the KL are those of implicit VI; the step size is a mean-field one.
+    """
+    torch.manual_seed(seed)
+    net = Network(MLP(1, HIDDEN, 1), NormalLikelihood(1))
+    layout = WeightLayout(net)
+    x, y = toy()
+    inputs, grid = (torch.tensor((t - x.mean()) / x.std()).float()[:, None] for t in (x, GRID))
+    target = torch.tensor((y - y.mean()) / y.std()).float()[:, None]
+    mean = layout.flatten({k: p.detach().clone() for k, p in net.named_parameters()})
+    rho = torch.full_like(mean, math.log(math.expm1(0.05)))
+    optimizer = torch.optim.Adam([mean.requires_grad_(), rho.requires_grad_()], 1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOY_STEPS)
+
+    def draw(n: int) -> list[dict[str, Tensor]]:
+        flat = mean + F.softplus(rho) * torch.randn(n, len(mean))
+        weights = layout.unflatten(flat)
+        return [{k: w[s] for k, w in weights.items()} for s in range(n)]
+
+    for step in range(TOY_STEPS):
+        std = F.softplus(rho)
+        precision = TOY_PRIOR**-2
+        kl = 0.5 * precision * (std.square() + mean.square()).sum() - std.log().sum()
+        nll = [
+            net.likelihood.nll(functional_call(net, w, (inputs,)), target).sum()
+            for w in draw(IMPLICIT["mc_samples"])
+        ]
+        beta = min(1.0, 2 * (step + 1) / TOY_STEPS)
+        optimizer.zero_grad()
+        ((torch.stack(nll).mean() + beta * kl) / len(x)).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        each = [functional_call(net, w, (grid,)) for w in draw(256)]
+    loc, scale = (torch.stack(t)[..., 0].double() * y.std() for t in zip(*each, strict=True))
+    return NormalMixture(loc + y.mean(), scale)
+
+
+def fitted(model: Any) -> NormalMixture:
+    """Predictive at GRID of an estimator."""
+    x, y = toy()
+    found: NormalMixture = model.fit(x[:, None], y).predict_distribution(GRID[:, None])
+    return found
+
+
+PREDICTIVES: dict[str, Callable[[int], NormalMixture]] = {
+    "implicit VI, L'": lambda seed: fitted(ImplicitVIRegressor(**IMPLICIT, random_state=seed)),
+    "implicit VI, L', no warm-up": lambda seed: fitted(
+        ImplicitVIRegressor(**IMPLICIT, kl_warmup=0.0, random_state=seed)
+    ),
+    "implicit VI, L''": lambda seed: fitted(
+        ImplicitVIRegressor(**IMPLICIT, bound="smallest", random_state=seed)
+    ),
+    "mean-field VI": mean_field,
+    # The prior of its layers is narrower, by the root of the fan-in.
+    "SSVI of density 1": lambda seed: fitted(
+        SSVIRegressor(density=1.0, temperature=1.0, n_samples=256, **TOY, random_state=seed)
+    ),
+    "IVON": lambda seed: fitted(
+        IVONRegressor(n_samples=256, prior_scale=TOY_PRIOR, **TOY, random_state=seed)
+    ),
+    "ensemble of 5": lambda seed: fitted(
+        EnsembleRegressor(
+            n_members=5, prior_scale=TOY_PRIOR, patience=None, **TOY, random_state=seed
+        )
+    ),
 }
 
 
@@ -408,12 +503,8 @@ def benchmark_toy() -> list[dict[str, Any]]:
             },
         }.items()
     ]
-    x, y = toy()
-    for name, make in METHODS.items():
-        runs = [
-            distances(reference, make(seed).fit(x[:, None], y).predict_distribution(GRID[:, None]))
-            for seed in SEEDS
-        ]
+    for name, predictive in PREDICTIVES.items():
+        runs = [distances(reference, predictive(seed)) for seed in SEEDS]
         rows += [
             {"part": "toy"} | summary(f"{name}, {measure}", [run[measure] for run in runs])
             for measure in runs[0]
@@ -432,6 +523,7 @@ def run() -> list[dict[str, Any]]:
     return [
         *speed,
         *benchmark_over_seeds("linear regression", linear_regression),
+        {"part": "linear regression", "benchmark": f"plots/{plot_covariances().name}"},
         *benchmark_over_seeds("digits", digits_collapse),
         *benchmark_toy(),
     ]

@@ -26,6 +26,7 @@ from uq.inference.implicit_vi import (
     ImplicitPosterior,
     ImplicitWeights,
 )
+from uq.inference.ssvi import kl_warmup
 from uq.inference.training import TrainingResult, cosine_schedule
 from uq.models.base import (
     Classifier,
@@ -65,6 +66,7 @@ class _ImplicitObjective(Objective):
         sigmas: Tensor,
         mc_samples: int,
         entropy_weight: float,
+        warmup: tuple[int, float],
         **bound: Any,
     ) -> None:
         super().__init__()
@@ -75,6 +77,7 @@ class _ImplicitObjective(Objective):
         self.sigmas = sigmas
         self.mc_samples = mc_samples
         self.entropy_weight = entropy_weight
+        self.warmup = warmup
         self.bound = bound
         self.seed = int(posterior.seed)
         self.register_buffer("step", torch.tensor(0))
@@ -88,10 +91,11 @@ class _ImplicitObjective(Objective):
         return rows.view(n, -1)
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Expected negative log likelihood of the batch, plus the approximate KL over N."""
+        """Expected negative log likelihood of the batch, plus the weighted KL over N."""
         position = min(int(self.step), len(self.sigmas) - 1)
         self.q.sigma.copy_(self.sigmas[position])
         self.step += 1
+        beta = kl_warmup(int(self.step), *self.warmup)
         draw = self.q.draw(self.mc_samples)
         kl = -self.q.log_prior(draw, self.prior).mean()
         if self.entropy_weight:
@@ -99,7 +103,7 @@ class _ImplicitObjective(Objective):
             entropy = self.q.entropy(draw.noise[:1], **self.bound)[0]
             kl = kl - self.entropy_weight * entropy.to(kl.dtype)
         nll = self._nll(draw.weights, x, y).mean(0)
-        return weighted_mean(nll, weight) + kl / self.n_effective
+        return weighted_mean(nll, weight) + beta * kl / self.n_effective
 
     def held_out_nll(self, x: Tensor, y: Tensor) -> Tensor:
         """Negative log predictive density of each row."""
@@ -120,6 +124,7 @@ class _Implicit(Estimator):
     bound: Literal["auto", "exact", "smallest"] = "auto"
     sv_iterations: int = 12
     entropy_weight: float = 1.0
+    kl_warmup: float = 0.5
     mc_samples: int = 2
     n_samples: int = 64
 
@@ -134,6 +139,7 @@ class _Implicit(Estimator):
         check_choice(self, "bound", ("auto", *BOUNDS))
         check_number(self, "sv_iterations", at_least=1, integer=True)
         check_number(self, "entropy_weight", at_least=0)
+        check_number(self, "kl_warmup", at_least=0, below=math.nextafter(1, 2))
         check_number(self, "mc_samples", at_least=1, integer=True)
         check_number(self, "n_samples", at_least=1, integer=True)
 
@@ -170,6 +176,7 @@ class _Implicit(Estimator):
             self._sigmas(n_steps),
             self.mc_samples,
             self.entropy_weight,
+            (n_steps, self.kl_warmup),
             bound=self._bound(q.generator.n_weights),
             iterations=self.sv_iterations,
             probes=_PROBES,
@@ -240,6 +247,10 @@ prior_scale : float, default=1.0
         Iterations for the smallest singular value.
     entropy_weight : float, default=1.0
         Factor on the entropy; below 1 the posterior is narrower ("cold"), at 0 it collapses.
+    kl_warmup : float, default=0.5
+        Share of the steps over which the weight of the whole KL, prior and entropy, rises from 0 to
+        1. The bound has an optimum that leaves small data unexplained; with the full KL from the
+        first step, training starts in its basin and stays there. 0 is without.
     mc_samples : int, default=2
         Weight draws per training step; the entropy is taken at one of them, with its gradient along
         8 random directions.
