@@ -34,6 +34,8 @@ _EXPORTS = {
     "PartialBNNRegressor": "uq.models.pbnn",
     "NUTSClassifier": "uq.models.nuts",
     "NUTSRegressor": "uq.models.nuts",
+    "PFNClassifier": "uq.models.pfn",
+    "PFNRegressor": "uq.models.pfn",
     "PyroClassifier": "uq.models.pyro_models",
     "PyroRegressor": "uq.models.pyro_models",
     "SSVIClassifier": "uq.models.ssvi",
@@ -83,6 +85,8 @@ if TYPE_CHECKING:
     from uq.models.nuts import NUTSRegressor as NUTSRegressor
     from uq.models.pbnn import PartialBNNClassifier as PartialBNNClassifier
     from uq.models.pbnn import PartialBNNRegressor as PartialBNNRegressor
+    from uq.models.pfn import PFNClassifier as PFNClassifier
+    from uq.models.pfn import PFNRegressor as PFNRegressor
     from uq.models.pyro_models import PyroClassifier as PyroClassifier
     from uq.models.pyro_models import PyroRegressor as PyroRegressor
     from uq.models.registry import methods as methods

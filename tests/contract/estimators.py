@@ -32,16 +32,21 @@ QUICK: dict[str, dict[str, Any]] = {
         "n_mask_moves": 1,
     },
     "gp": {"hidden": (), "n_inducing": 16},
+    "pfn": {"n_views": 2, "lr": 1e-4},
     "ensemble": {"n_members": 2},
     "implicit": {"n_samples": 8, "noise_dim": 4, "width": 4, "mc_samples": 1},
     "map": {},
 }
 # Methods whose network gives features, of any width, instead of what the likelihood takes.
-FEATURES = {"vbll", "sdm", "gp"}
+FEATURES = {"vbll", "sdm", "gp", "pfn"}
 # Methods that predict by one function: no epistemic uncertainty.
-SINGLE = {"map", "sdm"}
+SINGLE = {"map", "sdm", "pfn"}
 # Methods in which nothing is drawn.
-SEEDLESS = {("gp", "regression")}
+SEEDLESS = {("gp", "regression"), ("pfn", "regression")}
+# Methods that take NaN, for missing.
+TAKE_MISSING = {"pfn"}
+# What makes a method train that does not by itself.
+TRAINED: dict[str, dict[str, Any]] = {"pfn": {"fine_tune": True}}
 # Methods that learn one level of noise.
 CONSTANT_NOISE = {"gp", "masked"}
 # Minutes rather than seconds on a thousand rows: posteriors of small data.
@@ -52,6 +57,11 @@ REGRESSORS = [c for c in CASES if c[1] == "regression"]
 
 # For tests that compile samplers anew for each shape of network, which takes half a minute each.
 COMPILED = [pytest.param(*c, marks=pytest.mark.slow) if c[0] == "nuts" else c for c in CASES]
+
+
+def make_trained(method: str, task: str, **changes: Any) -> Any:
+    """Build a small estimator that goes through epochs."""
+    return make(method, task, **TRAINED.get(method, {}) | changes)
 
 
 def make(method: str, task: str, **changes: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_diabetes, load_wine
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.contract.estimators import CASES, make
+from tests.contract.estimators import CASES, make, make_trained
 from uq import MAPClassifier
 from uq.errors import FitInterruptedWarning, LoadError, ParameterError
 from uq.inference.checkpoints import Stage
@@ -55,18 +55,18 @@ def assert_same(a, b, X):
 def test_a_resumed_fit_has_the_bits_of_an_undisturbed_one(method, task, tmp_path):
     X, y = data(task)
     settings = {"max_epochs": 6, "patience": "auto"}
-    plain = make(method, task, **settings).fit(X, y)
+    plain = make_trained(method, task, **settings).fit(X, y)
     settings |= {"checkpoint_dir": tmp_path / "run", "checkpoint_every": 1}
     try:
-        make(method, task, **settings, callbacks=[kill_at(4)]).fit(X, y)
+        make_trained(method, task, **settings, callbacks=[kill_at(4)]).fit(X, y)
     except Killed:
         pass
     else:
         pytest.skip("has no epochs")
     assert list((tmp_path / "run").glob("stage-*"))
-    resumed = make(method, task, **settings).fit(X, y, resume=True)
+    resumed = make_trained(method, task, **settings).fit(X, y, resume=True)
     assert_same(plain, resumed, X)
-    again = make(method, task, **settings).fit(X, y, resume=True)  # of a run that is done
+    again = make_trained(method, task, **settings).fit(X, y, resume=True)  # of a run that is done
     assert_same(plain, again, X)
 
 

@@ -48,6 +48,9 @@ def data(task):
 def output(model, X):
     """Everything that a prediction holds, as one array."""
     dist = model.predict_distribution(X)
+    if hasattr(dist, "borders"):  # bars: one column a row
+        bars = torch.cat([dist.logits.expand(*dist.borders.shape[:-1], -1), dist.borders], -1)
+        return bars.movedim(-1, 0).numpy()
     if hasattr(dist, "logits"):
         return dist.logits.numpy()
     if hasattr(dist, "concentration"):

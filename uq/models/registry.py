@@ -133,6 +133,14 @@ METHODS: dict[str, Method] = {
         "a table of few columns, or a network body below the kernel",
         "Rasmussen & Williams 2006; Hensman et al., AISTATS 2015, arXiv 1411.2005",
     ),
+    "pfn": Method(
+        "PFN",
+        "uq.models.pfn",
+        _BOTH,
+        "no training; square of the rows once, then 1 pass of n per row to predict",
+        "a table of about 10 columns or classes; weights come with the package",
+        "Müller et al., ICLR 2022, arXiv 2112.10510",
+    ),
     "ensemble": Method(
         "Ensemble",
         "uq.models.ensemble",

@@ -163,14 +163,16 @@ class PFNScaling:
         if n:
             z = torch.where(used & known, (X - mean) / sd, 0.0)
             if config.task == "regression":
-                correlation = (z * ((y - y_mean) / y_scale)[..., None]).mean(1, keepdim=True)
+                both = z * (w * (y - y_mean) / y_scale)[..., None]
+                correlation = both.sum(1, keepdim=True) / total[..., None]
                 sign = torch.where(correlation < 0, -1.0, one)
                 strength = correlation.abs()
             else:  # variance between the classes
-                member = F.one_hot(y.long(), config.n_outputs).to(X.dtype)
-                share = member.sum(1).clamp_min(1)[..., None]
+                member = F.one_hot(y.long(), config.n_outputs) * w[..., None]
+                size = member.sum(1)[..., None]
                 sums = member.transpose(1, 2) @ z
-                strength = ((sums.square() / share).sum(1, keepdim=True) / n).sqrt()
+                between = sums.square() / torch.where(size > 0, size, 1.0)
+                strength = (between.sum(1, keepdim=True) / total[..., None]).sqrt()
             # Rounded, so that the order of the rows cannot decide between columns that tie.
             strength = torch.where(used, strength.mul(1e4).round(), -1.0)
             order = strength.argsort(dim=-1, descending=True, stable=True)
