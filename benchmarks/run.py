@@ -30,6 +30,8 @@ SUITES = (
     "implicit",
     "masked",
     "sbc",
+    "large",
+    "stress",
 )
 RESULTS = Path(__file__).parent / "results"
 
