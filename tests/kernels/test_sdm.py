@@ -14,6 +14,7 @@ TILES = {"BQ": 16, "BS": 32, "BK": 16}
 def backend(request, monkeypatch):
     monkeypatch.setenv("UQ_KERNELS", request.param)
     monkeypatch.setattr("uq.kernels.sdm._TILES", TILES)
+    monkeypatch.setattr("uq.kernels.sdm._NEAREST_TILES", TILES)
     monkeypatch.setattr("uq.kernels.sdm._BLOCK", 50)
     # So few programs that a share has several tiles, and so many that there are several shares.
     monkeypatch.setattr("uq.kernels.sdm.PROGRAMS", 4)
@@ -115,6 +116,7 @@ def data(seed, n_support=90, n=24, m=6):
 def test_match_is_the_same_through_kernels(monkeypatch, exclude):
     """To the bit: what float32 leaves open is settled in float64 either way."""
     monkeypatch.setattr("uq.kernels.sdm._TILES", TILES)
+    monkeypatch.setattr("uq.kernels.sdm._NEAREST_TILES", TILES)
     given = data(0)
     own = torch.arange(len(given[0])) if exclude else None
     expected = match(*given, exclude=own)
@@ -128,6 +130,7 @@ def test_match_is_the_same_through_kernels(monkeypatch, exclude):
 def test_match_where_all_rows_are_equal(monkeypatch):
     """More ties than a query has room for, and one support row left or none."""
     monkeypatch.setattr("uq.kernels.sdm._TILES", TILES)
+    monkeypatch.setattr("uq.kernels.sdm._NEAREST_TILES", TILES)
     support = torch.ones(200, 3)
     labels = torch.zeros(200, dtype=torch.long)
     labels[150] = 1
@@ -153,6 +156,7 @@ def test_match_takes_the_kernels(monkeypatch):
 
 def test_nearest_rows_are_the_same_through_kernels(monkeypatch):
     monkeypatch.setattr("uq.kernels.sdm._TILES", TILES)
+    monkeypatch.setattr("uq.kernels.sdm._NEAREST_TILES", TILES)
     queries, _, support, *_ = data(2, 40, 8)
     expected = nearest_rows(queries, support, 5)
     monkeypatch.setenv("UQ_KERNELS", "triton")

@@ -23,7 +23,7 @@ from torch import Tensor
 from uq.kernels.arguments import autocast_input, check_counters, check_shapes, signed
 from uq.kernels.dispatch import cdiv, use_triton
 from uq.kernels.philox import Purpose, sample_normals, stream
-from uq.kernels.products import PROGRAMS, tiles, types
+from uq.kernels.products import PROGRAMS, tiles, turned, types
 
 # Rows up to which drawing weights anew for each tile of rows is cheaper than writing them out.
 _FUSED_ROWS = 256
@@ -314,7 +314,7 @@ class _Call:
 
     def _launch(self) -> tuple[dict[str, Any], int]:
         groups = (self.first + self.n_samples - 1) // 4 - self.first // 4 + 1
-        return tiles(self.rows) | types(self.x.dtype), groups
+        return tiles(self.rows, self.x.dtype) | types(self.x.dtype), groups
 
     def fused_forward(self) -> Tensor:
         """Outputs, with weights drawn in registers."""
@@ -322,6 +322,8 @@ class _Call:
 
         how, groups = self._launch()
         out = self.x.new_empty(self.n_samples, self.rows, self.n_out)
+        if not self.shared:  # four tiles of inputs, for which memory is short
+            how = how | {"num_stages": 1}
         grid = cdiv(self.rows, how["BM"]), cdiv(self.n_out, how["BN"]), groups
         none = self.x
         forward_kernel[grid](
@@ -347,12 +349,13 @@ class _Call:
         dx = None
         if need_x:
             dx = torch.empty_like(self.x)
-            along = cdiv(self.rows, how["BM"]), cdiv(self.n_in, how["BK"])
+            turn = turned(how)
+            along = cdiv(self.rows, turn["BM"]), cdiv(self.n_in, turn["BK"])
             none = self.x if self.mask is None else self.mask
             input_kernel[(*along, 1 if self.shared else groups)](
                 grad, self.mean, self.std, none, dx,
                 self.seed, self.streams[0], self.step, self.first, *sizes,
-                SHARED=self.shared, RHO=self.rho, MASK=self.mask is not None, **how,
+                SHARED=self.shared, RHO=self.rho, MASK=self.mask is not None, **turn,
             )  # fmt: skip
         high = self.mean.new_empty(0).to(torch.promote_types(self.x.dtype, torch.float32))
         if not need_weight:

@@ -25,8 +25,10 @@ from torch.nn import functional as F
 from uq.kernels.arguments import autocast_input, check_counters, check_shapes, signed
 from uq.kernels.dispatch import cdiv, use_triton
 from uq.kernels.philox import Purpose, sample_normals, stream
-from uq.kernels.products import PROGRAMS, tiles, types
+from uq.kernels.products import PROGRAMS, tiles, turned, types
 
+# Outputs that a program of the elementwise part of the gradient takes: rows × columns.
+_BM, _BN = 16, 64
 FLOOR = 1e-8
 """Keeps the square root differentiable at a variance of zero."""
 
@@ -173,8 +175,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 def _how(rows: int, dtype: torch.dtype) -> dict[str, Any]:
-    # Two sums a program where the tiles are made for four.
-    return tiles(rows) | types(dtype)
+    return tiles(rows, dtype) | types(dtype)
 
 
 def _outputs(x: Tensor, mean: Tensor, n_samples: int) -> tuple[Tensor, Tensor]:
@@ -206,17 +207,18 @@ def _backward(  # type: ignore[no-untyped-def]
     shared, rows, n_in, n_out = x.ndim == 2, x.shape[-2], x.shape[-1], mean.shape[0]
     x, how = x.contiguous(), _how(rows, x.dtype)
     dm, dv = torch.empty_like(root), torch.empty_like(root)
-    moments_kernel[(cdiv(rows, how["BM"]), cdiv(n_out, how["BN"]), len(root))](
+    moments_kernel[(cdiv(rows, _BM), cdiv(n_out, _BN), len(root))](
         grad.contiguous(), root, dm, dv, seed, stream, step, first, first_row,
-        n_samples, rows, n_out, SHARED=shared, ACC=how["ACC"], BM=how["BM"], BN=how["BN"],
+        n_samples, rows, n_out, SHARED=shared, ACC=how["ACC"], BM=_BM, BN=_BN,
     )  # fmt: skip
     rows *= len(root)  # draws with inputs of their own are so many rows
     dx = x.new_empty(0)
     if need_x:
         dx = torch.empty_like(x)
-        input_kernel[(cdiv(rows, how["BM"]), cdiv(n_in, how["BK"]))](
+        turn = turned(how)
+        input_kernel[(cdiv(rows, turn["BM"]), cdiv(n_in, turn["BK"]))](
             x, mean.contiguous(), std.contiguous(), x if mask is None else mask.contiguous(),
-            dm, dv, dx, rows, n_out, n_in, RHO=rho, MASK=mask is not None, **how,
+            dm, dv, dx, rows, n_out, n_in, RHO=rho, MASK=mask is not None, **turn,
         )  # fmt: skip
     if not need_weight:
         return dx, *(x.new_empty(0) for _ in range(4))

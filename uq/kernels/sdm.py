@@ -33,7 +33,9 @@ _BLOCK = 2048
 _MAX_ROWS = 1 << 31
 # Products in three passes of TF32 are as exact as float32 to the bound that callers use; in
 # interpreted kernels they are float32.
-_TILES: dict[str, Any] = {"BQ": 64, "BS": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
+_TILES: dict[str, Any] = {"BQ": 64, "BS": 128, "BK": 32, "num_warps": 8, "num_stages": 2}
+# Sorting networks grow with the tile, and with them the code.
+_NEAREST_TILES: dict[str, Any] = _TILES | {"BQ": 32, "BS": 64, "num_warps": 4}
 _PRECISION = "tf32x3"
 
 
@@ -144,7 +146,7 @@ def scan(
         return best, bad
     from uq.kernels.sdm_triton import scan_kernel
 
-    grid, sizes, shares = _launch(h, support)
+    grid, sizes, shares = _launch(h, support, _TILES)
     nearest, radius = (h.new_empty(shares, len(h), dtype=torch.int64) for _ in range(2))
     scan_kernel[grid](
         h, support.rows, squares, support.squares, predictions.contiguous(), group.contiguous(),
@@ -179,7 +181,7 @@ def count(
         return total
     from uq.kernels.sdm_triton import count_kernel
 
-    grid, sizes, shares = _launch(h, support)
+    grid, sizes, shares = _launch(h, support, _TILES)
     counts = h.new_empty(shares, len(h), dtype=torch.int32)
     count_kernel[grid](
         h, support.rows, squares, support.squares, hidden, limit.contiguous(), counts, *sizes,
@@ -241,7 +243,7 @@ def window(
         return _window(h, squares, support, hidden, inner, outer, reach)
     from uq.kernels.sdm_triton import window_kernel
 
-    grid, sizes, shares = _launch(h, support)
+    grid, sizes, shares = _launch(h, support, _TILES)
     counts, hits = (h.new_empty(shares, len(h), dtype=torch.int32) for _ in range(2))
     listed = h.new_empty(shares, len(h), slots, dtype=torch.int64)
     window_kernel[grid](
@@ -308,11 +310,11 @@ def nearest_keys(
     from uq.kernels.sdm_triton import nearest_kernel
 
     held = max(2, 1 << (k - 1).bit_length())
-    grid, sizes, shares = _launch(h, support)
+    grid, sizes, shares = _launch(h, support, _NEAREST_TILES)
     out = h.new_empty(shares, len(h), held, dtype=torch.int64)
     nearest_kernel[grid](
         h, support.rows, squares, support.squares, hidden, out, *sizes,
-        K=held, PRECISION=_PRECISION, **_TILES,
+        K=held, PRECISION=_PRECISION, **_NEAREST_TILES,
     )  # fmt: skip
     every = out.permute(1, 0, 2).reshape(len(h), -1)
     return every.topk(k, largest=False).values
@@ -334,10 +336,12 @@ def _keys(h: Tensor, squares: Tensor, support: Support, hidden: Tensor) -> Any:
         yield start, pack(squared, index).masked_fill(index == hidden[:, None], FAR)
 
 
-def _launch(h: Tensor, support: Support) -> tuple[tuple[int, int], tuple[int, ...], int]:
+def _launch(
+    h: Tensor, support: Support, how: dict[str, Any]
+) -> tuple[tuple[int, int], tuple[int, ...], int]:
     """Grid, sizes and shares of the support: few queries are spread over several programs each."""
-    tiles = cdiv(len(support.rows), _TILES["BS"])
-    across = cdiv(len(h), _TILES["BQ"])
+    tiles = cdiv(len(support.rows), how["BS"])
+    across = cdiv(len(h), how["BQ"])
     each = cdiv(tiles, min(tiles, cdiv(PROGRAMS, across)))
     shares = cdiv(tiles, each)
     return (across, shares), (len(h), len(support.rows), h.shape[1], each), shares
