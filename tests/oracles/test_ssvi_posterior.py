@@ -283,6 +283,24 @@ def test_active_set_moves_unless_it_is_told_not_to():
     assert positions(criterion="snr") == positions(criterion="snr_abs")
 
 
+@pytest.mark.parametrize("n_steps", [2, 5, 26])
+def test_short_runs_exchange_weights_or_say_that_they_do_not(n_steps):
+    X, y = digits()
+    starts = []
+
+    def watch(state):
+        (w, *_) = sparse_weights(state.module).values()
+        starts.append(w.index.tolist())
+
+    settings = {"hidden": (32,), "batch_size": None, "max_epochs": n_steps, "random_state": 0}
+    uq.SSVIClassifier(callbacks=[watch], **settings).fit(X, y)
+    moved = starts[-1]
+    with pytest.warns(UserWarning, match=f"no active weight.*update_every={n_steps}.*max_epochs"):
+        uq.SSVIClassifier(update_every=n_steps, callbacks=[watch], **settings).fit(X, y)
+    assert moved != starts[-1] == starts[n_steps]
+    uq.SSVIClassifier(update_every=n_steps, replace=0.0, **settings).fit(X, y)
+
+
 def test_predictions_at_the_mean_and_n_samples():
     X, y = digits()
     model = uq.SSVIClassifier(hidden=(32,), max_epochs=3, random_state=0).fit(X, y)

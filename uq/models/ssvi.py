@@ -9,6 +9,7 @@ in a run.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import field
 from typing import Any, cast
 
@@ -43,6 +44,13 @@ from uq.nn.ssvi import ALLOCATIONS, sparse_kl, sparse_weights, sparsify
 from uq.nn.ssvi_compact import compact
 
 _MIN_STEPS_BETWEEN_UPDATES = 20
+_LAST_UPDATE = 0.75  # of the run
+
+
+def _steps_between_updates(n_steps: int, n_batches: int) -> int:
+    """An epoch, at least 20 steps; in a short run half the steps that exchanges are made in."""
+    half = int(0.5 * _LAST_UPDATE * n_steps)
+    return max(1, min(max(_MIN_STEPS_BETWEEN_UPDATES, n_batches), half))
 
 
 class _SSVIObjective(Objective):
@@ -130,12 +138,21 @@ class _SSVI(Estimator):
         rest = [p for p in network.parameters() if p.requires_grad and id(p) not in known]
         groups: list[dict[str, Any]] = [{"params": rest}, {"params": rhos, "lr": self.lr_std}]
         n_steps = n_epochs * n_batches
-        every = self.update_every or max(_MIN_STEPS_BETWEEN_UPDATES, n_batches)
+        every = self.update_every or _steps_between_updates(n_steps, n_batches)
+        if self.density < 1 and self.replace > 0 and every >= _LAST_UPDATE * n_steps:
+            warnings.warn(
+                f"{type(self).__name__}: no active weight is ever exchanged: update_every={every}, "
+                f"but exchanges end at three quarters of the run's {n_steps} steps. Lower "
+                "update_every, or raise max_epochs; replace=0 keeps the initial set on purpose.",
+                UserWarning,
+                stacklevel=4,
+            )
         optimizer = SSVI(
             network,
             torch.optim.Adam(groups, self.lr, fused=True),
             n_steps=n_steps,
             update_every=every,
+            stop=_LAST_UPDATE,
             replace=self.replace,
             criterion=self.criterion,
             grow_grad=self.grow_grad,
@@ -198,7 +215,9 @@ default="snr"
         Whether the gradient that picks new weights is taken after or before the removal. After it,
         a removed weight that was needed comes back.
     update_every : int, optional
-        Steps between exchanges of active weights; by default an epoch, at least 20.
+        Steps between exchanges of active weights; by default an epoch, at least 20. Runs too short
+        for two of these have one exchange or two, which judge new weights early. A value that
+        leaves no exchange at all is warned about.
     replace : float, default=0.3
         Share of active weights that the first exchange replaces; decays to 0 by a cosine at three
         quarters of the run. 0 keeps the initial random set.
@@ -252,7 +271,11 @@ class SSVIClassifier(_SSVI, Classifier):
     of the mean weights, and the active set of the best epoch is kept. Predictions multiply by
     compressed rows on a CPU where that is faster (a density up to 0.12, layers of 16,384 weights);
     so does training (up to 0.2, linear layers of 131,072 weights). Elsewhere zeros are written out
-    for a product, and exchanges of active weights look at the gradient of all.
+    for a product, and exchanges of active weights look at the gradient of all. Convolutions gain
+    size, but no speed: there is no compressed product for them, in training or in prediction.
+
+    Sparsity is of single weights. The structured variant with a hidden Markov prior on the support,
+    which removes whole neurons (Turbo-VBI), is not there.
 
     In training each row has noise of its own; with all rows in one batch all have the same, so
     that a sample weight of 2 is exactly the row given twice.
