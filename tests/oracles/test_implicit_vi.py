@@ -677,6 +677,7 @@ def test_estimator_arguments_that_cannot_be_used():
         "width": 2.5,
         "bound": "tight",
         "entropy_weight": -1.0,
+        "kl_warmup": 1.5,
         "mc_samples": 0,
         "sv_iterations": 0,
         "init_std": 0.0,
@@ -689,6 +690,21 @@ def test_estimator_arguments_that_cannot_be_used():
         ImplicitVIRegressor(**QUICK, bound="smallest", noise_dim=21).fit(x, y)
     model = ImplicitVIRegressor(**QUICK, noise_dim=21).fit(x, y)  # the exact one takes m × m
     assert math.isfinite(model.log_score(x, y))
+
+
+def test_weight_of_the_kl_rises():
+    """The first step's loss is a + βk, with one a and one k whatever the warm-up."""
+    x, y = sine()
+
+    def first(share):
+        settings = QUICK | {"max_epochs": 10, "batch_size": None}
+        model = ImplicitVIRegressor(**settings, kl_warmup=share).fit(x, y)
+        return model.history_["train_loss"][0]
+
+    none, half, whole = (first(share) for share in (0.0, 0.5, 1.0))
+    k = (none - whole) / 0.9
+    assert k > 0.1
+    assert half - whole == pytest.approx(0.1 * k, rel=1e-4)
 
 
 def test_estimator_runs_sigma_down_and_shows_correlations():
