@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.protocol import Case, Check, Place, Repeat, Timing, relative
 from uq.kernels import Purpose, local_reparam_linear, normal, sampled_linear, stream
+from uq.kernels.sparse_linear import compressed
 
 SEED, STEP, TENSOR = (1 << 40) + 7, 3, 5
 Layer = dict[str, Tensor]
@@ -234,8 +235,7 @@ def sparse_contenders(place: Place, density: float) -> Mapping[str, Callable[[],
     parts = [t.to(place.device) for t in (starts.int(), column.int())]
     at = (row.to(place.device), column.to(place.device))
     matrices = [
-        torch.sparse_csr_tensor(*parts, values, size=mask.shape)
-        for values in (mean[at], std[at].square())
+        compressed(*parts, values, size=mask.shape) for values in (mean[at], std[at].square())
     ]
 
     def csr() -> Tensor:
@@ -282,11 +282,18 @@ def cases() -> list[Case]:
             Check(name, "no spread: F.linear", "fp32", partial(plain, which=which), 1e-5, _FP32),
             Repeat(name, "outputs and gradients", partial(repeat, which=which)),
         ]
-    big = ((16, 200, 1024, 1024), (4, 9, 20, 9), True)
-    long = ((4, 700, 512, 512), (4, 9, 20, 9), True)
-    for label, (full, small, shared) in {"large": big, "written out": long}.items():
-        run = partial(error, which=sampled_linear, full=full, small=small, shared=shared)
-        found.append(Check("sampled_linear", f"{label}, {full}", "fp32", run, 1e-5, _FP32))
+    # Each height of a tile, and so many rows that weights are written out.
+    large = {
+        "large": ((16, 200, 1024, 1024), (3, 80, 20, 9), True),
+        "large, inputs of each draw": ((16, 200, 1024, 1024), (3, 80, 20, 9), False),
+        "tiles of 64 rows": ((16, 60, 1024, 1024), (3, 60, 20, 9), True),
+        "tiles of 64 rows, inputs of each draw": ((16, 60, 512, 512), (3, 60, 20, 9), False),
+        "written out": ((4, 700, 512, 512), (3, 300, 20, 9), True),
+    }
+    for which in (sampled_linear, local_reparam_linear):
+        for label, (full, small, shared) in large.items():
+            run = partial(error, which=which, full=full, small=small, shared=shared)
+            found.append(Check(which.__name__, f"{label}, {full}", "fp32", run, 1e-5, _FP32))
     found += [
         Check("sampled_linear", "draws and rows in parts", "fp32", splits, 1e-6, "same products"),
         Check("sampled_linear", "output beyond 2^31 elements", "fp32", far, 1e-5, _FP32, 12 << 30),

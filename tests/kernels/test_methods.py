@@ -146,6 +146,8 @@ def test_sparse_training_layer(monkeypatch):
     x = torch.randn(1, 5).expand(4000, 5)
     mean, variance = (t[0].detach() for t in layer.moments(x[:1]))
     monkeypatch.setenv("UQ_KERNELS", "triton")
+    monkeypatch.setattr("uq.kernels.local_reparam._BM", 4096)
+    monkeypatch.setattr("uq.kernels.local_reparam._BN", 4)
     monkeypatch.setattr("uq.kernels.local_reparam.tiles", lambda *_: {"BM": 4096, "BN": 4, "BK": 8})
     torch.manual_seed(0)
     out = layer(x)
