@@ -18,7 +18,7 @@ from tests.contract.estimators import CASES, make, make_trained
 from uq import MAPClassifier
 from uq.errors import FitInterruptedWarning, LoadError, ParameterError
 from uq.inference.checkpoints import Stage
-from uq.io import read_state
+from uq.plain import read_state
 
 
 class Killed(BaseException):

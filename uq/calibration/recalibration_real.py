@@ -70,6 +70,8 @@ class VarianceScaling(Recalibrator):
     tensor([2., 2., 2., 2.])
     """
 
+    scale_: Floats
+
     def fit(self, dist: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Find the factors.
 
@@ -188,6 +190,9 @@ class QuantileRecalibration(Recalibrator):
     >>> round(float(upper), 2), round(float(dist.quantile(0.975)[0]), 2)
     (3.92, 1.96)
     """
+
+    predicted_: Floats
+    observed_: Floats
 
     def __init__(self, levels: Sequence[float] | None = _DEFAULT_LEVELS) -> None:
         self.levels = levels

@@ -8,6 +8,7 @@ into them where training begins. Nothing in the files is code.
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import threading
@@ -26,9 +27,11 @@ from torch.utils.data import DataLoader
 
 from uq.errors import LoadError, ParameterError
 from uq.files import write_atomically
+from uq.plain import load_json, read_state, state_bytes
 
 _KEPT = 2  # the newest checkpoint, and one more for the case that the newest cannot be read
 _RUN = "run.json"
+_MAX_RUN_BYTES = 2**20
 _FORMAT = 1
 _TORCH_INTERNALS = frozenset(vars(nn.Module()))
 
@@ -223,7 +226,9 @@ class Checkpoints:
         there = read_run(self.folder)
         if there is None:
             self.run = run
-            write_atomically({self.folder / _RUN: json.dumps(run, indent=1).encode()})
+            write_atomically(
+                {self.folder / _RUN: json.dumps(run, indent=1, allow_nan=False).encode()}
+            )
             return
         if not resume:
             raise ParameterError(
@@ -247,7 +252,7 @@ class Checkpoints:
                 f"checkpoint_dir {str(self.folder)!r} holds a fit to other data; give the same "
                 "X, y and sample_weight, or name another folder."
             )
-        text = json.dumps(self.run, indent=1)
+        text = json.dumps(self.run, indent=1, allow_nan=False)
         if read_run(self.folder) != self.run:
             write_atomically({self.folder / _RUN: text.encode()})
 
@@ -256,16 +261,33 @@ class Checkpoints:
         self._n_stages += 1
         return Stage(self, self._n_stages - 1)
 
+    def go_to(self, number: int) -> None:
+        """Make ``number`` the next stage, where pieces are not done one after another."""
+        self._n_stages = number
+
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """What the folder says of its fit; None where there is none."""
+    """What the folder says of its fit; None where there is none.
+
+    Raises
+    ------
+    LoadError
+        If it is damaged, or of another version.
+    """
     path = folder / _RUN
     if not path.exists():
         return None
     try:
-        run = json.loads(path.read_bytes())
+        if not path.is_file() or path.stat().st_size > _MAX_RUN_BYTES:
+            raise ValueError("it is no file, or too large")
+        run = load_json(path.read_bytes())
         if not isinstance(run, dict) or run.get("format") != _FORMAT:
             raise ValueError("it is not one of this version")
+        seed = run.get("seed")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ValueError("it has no seed")
+        if not isinstance(run.get("data", ""), str):
+            raise ValueError("it does not tell its data")
     except (ValueError, OSError, RecursionError) as error:
         raise LoadError(f"{str(path)!r} cannot be read: {error}; name another folder.") from error
     return run
@@ -284,7 +306,7 @@ _CODE = object()
 
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
-        return value if value == value else "nan"
+        return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
     if isinstance(value, list | tuple):
         items = [_plain(v) for v in value]
         return _CODE if _CODE in items else items
@@ -319,8 +341,6 @@ class Stage:
 
     def load(self) -> tuple[dict[str, Any] | None, bool]:
         """Newest state that can be read, and whether the stage was finished."""
-        from uq.io import read_state
-
         for path in [self._done, *reversed(self._steps())]:
             if not path.exists():
                 continue
@@ -350,8 +370,6 @@ class Stage:
             path.unlink(missing_ok=True)
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
-        from uq.io import state_bytes
-
         write_atomically({path: state_bytes(state)})
         self._written = time.monotonic()
 

@@ -31,6 +31,10 @@ from uq.models.base import Classifier, Estimator, Objective, Regressor, Training
 from uq.models.checks import check_number
 
 _EPOCHS = 2000
+_DTYPES = {
+    str(kind): kind
+    for kind in (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8)
+}
 
 
 class _SVI(Objective):
@@ -213,8 +217,7 @@ class _PyroModel(Estimator):
     def _build_posterior(self) -> PyroPosterior:
         def empty(shapes: dict[str, Any]) -> dict[str, Tensor]:
             return {
-                k: torch.empty(shape, dtype=getattr(torch, kind.removeprefix("torch.")))
-                for k, (shape, kind) in shapes.items()
+                k: torch.empty(shape, dtype=_DTYPES[kind]) for k, (shape, kind) in shapes.items()
             }
 
         model = copy.deepcopy(self.model)
