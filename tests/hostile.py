@@ -254,14 +254,14 @@ def meet(path):
 
     import uq
 
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: the machine may be busy
     try:
         model = uq.load(path)
     except (uq.UQError, FileNotFoundError):
         outcome = "refused"
     else:
         outcome = "loaded"
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     if seconds > LIMIT_SECONDS:
         raise AssertionError(f"{path}: {seconds:.1f} s to load")
     if outcome == "loaded" and hasattr(model, "predict_distribution"):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from uq.errors import DataError, FitInterruptedWarning, SaveError, UQError
+from uq.texts import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +86,7 @@ def _describe(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print("uq: error:", " ".join(message.split()), file=sys.stderr)
+    print("uq: error:", visible(" ".join(message.split())), file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:
@@ -99,7 +100,7 @@ def _drop_stdout() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("uq: warning:", " ".join(str(message).split()), file=sys.stderr)
+    print("uq: warning:", visible(" ".join(str(message).split())), file=sys.stderr)
 
 
 # -- command line --------------------------------------------------------------------------------
@@ -640,7 +641,7 @@ def _publish(report: Any, out: Path, *, as_json: bool) -> None:
 
 def _progress(args: argparse.Namespace, line: str) -> None:
     if not args.quiet:
-        print(line, file=sys.stderr, flush=True)
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def _folder(path: Path) -> Path:

@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from uq.errors import LoadError, ParameterError
+from uq.texts import visible
 
 STATE_FORMAT = "uq-state-1"
 
@@ -292,8 +293,7 @@ def load_json(text: str | bytes) -> Any:
 
 def one_line(error: Exception) -> str:
     """Message of an error that may quote a file: without line breaks and terminal sequences."""
-    text = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])
+    return visible(" ".join(str(error).split())[:1000])
 
 
 class _Foreign(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -134,3 +135,91 @@ def test_page_prints(browser, pages):
     page.goto(pages["classification"][0].as_uri())
     assert page.pdf().startswith(b"%PDF")
     page.close()
+
+
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "</style><img src=x onerror='window.hacked = 1'>",
+    '"><svg onload="window.hacked=1"></svg>',
+    "</title></script><iframe src='javascript:window.hacked=1'></iframe>",
+    "javascript:window.hacked=1",
+    "[click](javascript:window.hacked=1) ![x](http://127.0.0.1:9/x.png)",
+    "{{ 7 * 7 }}{% include 'x' %}&lt;script&gt;&#x3C;script>",
+    "\x1b]0;owned\x07\x1b[2J\x9b31m",
+    "\u202egnp.exe\u2066\u200f",
+    "nul\0byte\r\n\u2028",
+    "$\\frac{$ ' \" ` ]]>--><!--",
+    "x" * 100_000,
+]
+
+
+def hostile_report(task, name, other):
+    """A report in which every text that a user can give is hostile."""
+    groups = {name: np.where(np.arange(N) % 2, other, name)}
+    notes = {name: other, "list": name, other: {name: 3}}
+    if task == "regression":
+        y = LOGITS[:, 0] + 0.5 * RNG.standard_normal(N)
+        both = {name: targets(0.5), other: targets(0.2)}
+        return compare(both, y, groups=groups, title=name, notes=notes)
+    labels = np.array(["a", "b" + name[:50], "c" + other[:50]])
+
+    def named(scale):
+        dist = classes(scale)
+        dist.classes = labels
+        return dist
+
+    return compare(
+        {name: named(1.0), other: named(3.0)},
+        labels[LABELS],
+        ood={name: named(0.2), other: named(2.0)},
+        groups=groups,
+        title=other,
+        notes=notes,
+    )
+
+
+@pytest.mark.parametrize("i", range(0, len(HOSTILE), 2))
+@pytest.mark.parametrize(
+    "task", ["classification", pytest.param("regression", marks=pytest.mark.slow)]
+)
+def test_hostile_texts(browser, tmp_path, task, i):
+    report = hostile_report(task, HOSTILE[i], HOSTILE[i + 1])
+    path = report.save(tmp_path / "r.html")
+    page = browser.new_page(viewport={"width": 420, "height": 800})
+    fetched, said = [], []
+    page.on("request", lambda request: fetched.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(dialog.message))
+    page.goto(path.as_uri())
+    page.wait_for_timeout(50)
+    assert fetched == [path.as_uri()]
+    assert said == []
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("script, iframe, img, object, embed, form, base").count() == 0
+    assert (
+        page.evaluate(
+            """[...document.querySelectorAll('*')].flatMap(e => [...e.attributes])
+        .filter(a => a.name.startsWith('on')
+            || /href|src|action|data/.test(a.name) && /^\\s*javascript:/i.test(a.value)).length"""
+        )
+        == 0
+    )
+    links = page.evaluate("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
+    assert all(link.startswith("#") for link in links)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+    assert page.locator("h1").first.inner_text().strip()
+    page.close()
+
+
+@pytest.mark.parametrize("i", range(0, len(HOSTILE), 2))
+def test_hostile_texts_in_a_terminal_and_in_markdown(i, tmp_path):
+    report = hostile_report("regression", HOSTILE[i], HOSTILE[i + 1])
+    text, markdown = str(report), report.to_markdown()
+    for out in (text, markdown):
+        assert all(c == "\n" or c.isprintable() or c in "\xa0\u2009\u202f" for c in out)
+        out.encode()
+    assert len(text) < 300_000
+    assert not re.search(r"(?<!\\)\[", markdown)  # no link, no image
+    assert "<" not in markdown
+    assert json.loads(report.save(tmp_path / "r.json").read_text())["title"] == HOSTILE[i]

@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from uq.calibration.page import render_page
+from uq.texts import all_visible
 
 SECTIONS = {
     "accuracy": "How accurate?",
@@ -141,6 +142,7 @@ def view(data: dict[str, Any]) -> View:
 
 def to_html(data: dict[str, Any]) -> str:
     """Return one self-contained page."""
+    data = all_visible(data)
     return render_page(data, view(data))
 
 
@@ -149,7 +151,7 @@ def to_html(data: dict[str, Any]) -> str:
 
 def to_text(data: dict[str, Any]) -> str:
     """Plain text of at most 100 columns, methods in blocks of four."""
-    v = view(data)
+    v = view(all_visible(data))
     lines = [*_wrap(v.title), *_wrap(v.setting)]
     if v.summary:
         lines += ["", *_wrap(v.summary)]
@@ -225,7 +227,7 @@ def _fit(text: str, width: int) -> str:
 
 def to_markdown(data: dict[str, Any]) -> str:
     """Findings and tables in GitHub's Markdown."""
-    v = view(data)
+    v = view(all_visible(data))
     lines = [f"# {_escape(v.title)}", "", _escape(v.setting), ""]
     lines += [_escape(v.summary), ""] if v.summary else []
     for section in v.sections:
@@ -273,7 +275,8 @@ def _markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
 
 
 def _escape(text: str, *, bold: bool = False) -> str:
-    for mark in ("\\", "|", "<", "`", *([] if bold else ["*"])):
+    text = text.replace("&", "&amp;")
+    for mark in ("\\", "|", "<", "`", "[", *([] if bold else ["*"])):  # "[": links and images
         text = text.replace(mark, "&lt;" if mark == "<" else f"\\{mark}")
     return text.replace("\n", " ")
 
