@@ -382,8 +382,9 @@ def benchmark_uci() -> list[Row]:
         "module": network(50, 20, 5),
         "batch_size": 50,
         "lr": 1e-2,
-        "max_epochs": 60,
-        "patience": 60,
+        # At 60 the noise has not come down on energy and yacht, and the best epoch is a last one.
+        "max_epochs": 200,
+        "patience": 200,
         "validation_fraction": 0.2,
         "share": 0.2,
         "device": "cpu",
@@ -404,7 +405,7 @@ def benchmark_uci() -> list[Row]:
                 model = fitted(cls, settings | changes, i, X[train], y[train])
                 found = real_scores(model, X[test], y[test])
                 scores.append({"set": name, "method": method, "seed": i, **found})
-    return table("UCI, 60 epochs, 3 splits", scores, ("set", "method"))
+    return table("UCI, 200 epochs, 3 splits", scores, ("set", "method"))
 
 
 def run() -> list[Row]:
