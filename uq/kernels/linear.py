@@ -23,7 +23,7 @@ from torch import Tensor
 from uq.kernels.arguments import autocast_input, check_counters, check_shapes, signed
 from uq.kernels.dispatch import cdiv, use_triton
 from uq.kernels.philox import Purpose, sample_normals, stream
-from uq.kernels.products import PROGRAMS, tiles, turned, types
+from uq.kernels.products import PROGRAMS, over_rows, tiles, turned, types
 
 # Rows up to which drawing weights anew for each tile of rows is cheaper than writing them out.
 _FUSED_ROWS = 256
@@ -367,7 +367,8 @@ class _Call:
         of_weight = [high.new_empty(shares, self.n_out, self.n_in) for _ in range(2)]
         of_bias = [high.new_empty(shares, self.n_out) for _ in range(2)]
         weight_kernel[(*across, shares)](
-            self.x, grad, *of_weight, *of_bias, *counters, *sizes, each, SHARED=self.shared, **how
+            self.x, grad, *of_weight, *of_bias, *counters, *sizes, each, SHARED=self.shared,
+            **over_rows(how),
         )  # fmt: skip
         d_mean, d_std, d_bias, d_bias_std = (t.sum(0) for t in (*of_weight, *of_bias))
         return dx, d_mean, d_std, d_bias, d_bias_std

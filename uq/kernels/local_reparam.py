@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from uq.kernels.arguments import autocast_input, check_counters, check_shapes, signed
 from uq.kernels.dispatch import cdiv, use_triton
 from uq.kernels.philox import Purpose, sample_normals, stream
-from uq.kernels.products import PROGRAMS, tiles, turned, types
+from uq.kernels.products import PROGRAMS, over_rows, tiles, turned, types
 
 # Outputs that a program of the elementwise part of the gradient takes: rows × columns.
 _BM, _BN = 16, 64
@@ -222,6 +222,7 @@ def _backward(  # type: ignore[no-untyped-def]
         )  # fmt: skip
     if not need_weight:
         return dx, *(x.new_empty(0) for _ in range(4))
+    how = over_rows(how)
     across = cdiv(n_out, how["BN"]), cdiv(n_in, how["BK"])
     # Small weights and many rows: several programs a tile, whose sums are added in order.
     blocks = cdiv(rows, how["BM"])

@@ -16,16 +16,21 @@ def types(dtype: torch.dtype) -> dict[str, Any]:
     """Types that a kernel adds up and multiplies in, for inputs of ``dtype``.
 
     Products of float32 follow :func:`torch.set_float32_matmul_precision`, as torch's own do:
-    "highest" is exact float32, the others TF32.
+    "highest" takes three passes of TF32, which is float32 to a rounding or two and needs a
+    fraction of the registers that its multiplication outside the tensor cores does; the others
+    take one.
     """
     import triton.language as tl
 
     kinds = {torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    precision = "ieee"
+    if dtype == torch.float32:
+        highest = torch.get_float32_matmul_precision() == "highest"
+        precision = "tf32x3" if highest else "tf32"
     return {
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "DOT": kinds.get(dtype, tl.float32),
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": precision,
     }
 
 
@@ -46,3 +51,8 @@ def tiles(rows: int, dtype: torch.dtype) -> dict[str, int]:
 def turned(how: dict[str, Any]) -> dict[str, Any]:
     """The same for a sum over outputs: tiles of the inputs are the large ones."""
     return how | {"BN": how["BK"], "BK": how["BN"], "num_stages": 1}
+
+
+def over_rows(how: dict[str, Any]) -> dict[str, Any]:
+    """The same for a sum over rows, of which a program takes a few at a time."""
+    return how | {"BM": min(32, how["BM"])}
