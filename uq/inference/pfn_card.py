@@ -8,9 +8,8 @@ from uq.nn.pfn import PFN
 
 _LIMITS = {
     "regression": (
-        "Targets are standardised by the context: its mean and standard deviation must mean "
-        "something, so contexts of a few rows are read with the width they deserve and a target "
-        "that is constant in the context is none.",
+        "Targets are standardised by the mean and the standard deviation of the context. A target "
+        "that is constant in the context has no scale, and there the network has learned nothing.",
         "Bars narrower than {narrowest:.2g} standard deviations of the context's targets do not "
         "exist: noise far below that cannot be predicted.",
     ),
@@ -65,16 +64,22 @@ def model_card(model: PFN, meta: dict[str, Any], *, name: str) -> str:
         f"| columns | up to {config.max_features} |",
         f"| contexts in training | {last.get('min_context')} to {last.get('max_context')} rows, "
         f"{str(last.get('context_sampling')).replace('_', '-')} |",
-        f"| prior | {meta.get('prior')} |",
+        f"| prior | {meta.get('prior')} ({meta.get('prior_settings', {}).get('prior')}) |",
     ]
     for key, value in meta.get("prior_settings", {}).items():
-        lines.append(f"| prior: {key} | {value} |")
+        if key != "prior":
+            lines.append(f"| prior: {key.replace('_', ' ')} | {value} |")
     lines += ["| licence | that of the package; the training data are synthetic |"]
     lines += ["", "## Runs", ""]
-    lines += ["Each run starts from the weights of the one before.", ""]
+    lines += [
+        "Each run starts from the weights of the one before; `uq pretrain --init` adds one. All "
+        "randomness of a step comes from the seed and the step's number. The weights are "
+        "exponential averages over steps, stored in half precision.",
+        "",
+    ]
     for i, run in enumerate(runs, 1):
         lines += _run(i, run)
-    lines += ["", "## Limits", ""]
+    lines += ["## Limits", ""]
     narrowest = float(model.borders.diff().min()) if model.borders is not None else 0.0
     for text in _LIMITS[config.task]:
         lines.append("- " + text.format(narrowest=narrowest, n_outputs=config.n_outputs))
@@ -103,7 +108,7 @@ def _run(number: int, run: dict[str, Any]) -> list[str]:
         f"torch {run.get('torch')}, uq {run.get('uq')}.",
         "",
         "Loss in nats per query row, by rows of the context; the same held-out data sets in every "
-        "line.",
+        "line. Single training steps with an extreme target can dominate the training column.",
         "",
     ]
     log = run.get("log", [])
