@@ -355,7 +355,7 @@ class PartialBNNRegressor(_PartialBNN, NetworkRegressor):
     Notes
     -----
     The noise level is learned with the deterministic weights. As it falls the likelihood of a batch
-    gets sharper and fewer particles are left: with a few hundred rows take ``batch_size=20``, as the
+    gets sharper and fewer particles are left: with some hundred rows take ``batch_size=20``, as the
     paper does, and enough epochs for the noise to come down. "train_loss" is −log p̂ of each batch
     over its rows. The network runs in eval mode throughout.
 
