@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,20 +32,16 @@ def write_atomically(files: Mapping[str | Path, bytes]) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_atomically({folder + "/a.txt": b"1", folder + "/b.txt": b"2"})
     """
-    # Temporary files are private to the user; a new file gets the usual permissions.
-    mask = os.umask(0)
-    os.umask(mask)
     written: list[tuple[str, Path]] = []
     path = Path()
     try:
         for path, data in ((Path(p), d) for p, d in files.items()):
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".uq-", delete=False) as file:
+            with _temporary(path.parent) as file:
                 written.append((file.name, path))
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # a full disk may only show here
         for temporary, path in written:
-            os.chmod(temporary, 0o666 & ~mask)
             os.replace(temporary, path)
     except OSError as error:
         raise SaveError(
@@ -66,16 +62,13 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
         With the reason; whatever was at ``path`` before is unchanged.
     """
     path = Path(path)
-    mask = os.umask(0)
-    os.umask(mask)
     temporary: str | None = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".uq-", delete=False) as file:
+        with _temporary(path.parent) as file:
             temporary = file.name
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except OSError as error:
         if isinstance(error, UQError):
@@ -86,3 +79,13 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
     finally:  # after an interrupt, too
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _temporary(folder: Path) -> BinaryIO:
+    """Open a new file in ``folder`` that has the usual permissions.
+
+    ``tempfile`` makes private ones, and what is usual cannot be asked of a process without changing
+    it for the other threads.
+    """
+    path = folder / f".uq-{secrets.token_hex(8)}"
+    return open(path, "xb")

@@ -16,6 +16,7 @@ from uq.distributions import families, numeric
 from uq.distributions.base import RealPredictive, check_levels
 from uq.distributions.rebuilding import Function, rebuild, structure
 from uq.errors import DataError, ParameterError
+from uq.threads import process_state
 
 # Integrals over y go in pieces that end at quantiles of these levels.
 _TAIL = 2.0 ** torch.tensor([-50, -35, -24, -16, -10, -6, -3], dtype=torch.float64)
@@ -406,7 +407,8 @@ class Parametric(RealPredictive):
         # PyTorch's distributions take no generator.
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         device = self._like.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with process_state(), torch.random.fork_rng(devices):
             torch.manual_seed(int(seed))
             return draw(shape)
 

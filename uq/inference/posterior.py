@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from uq.nn.network import Network
 from uq.nn.priors import NormalPrior
 from uq.nn.sampled import sampled_network
 from uq.nn.vbll import BayesianLastLayer
+from uq.threads import turns
 
 Weights = dict[str, Tensor]
 # Activations and weights of one chunk: on a CPU they should stay in the cache, on a GPU there
@@ -40,11 +41,17 @@ class Posterior(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the weights."""
-        return next(t.dtype for t in self.state_dict().values() if t.is_floating_point())
+        with turns(self):
+            return next(t.dtype for t in self.state_dict().values() if t.is_floating_point())
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.register_buffer("seed", torch.tensor(seed))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict; threads that share a posterior take turns."""
+        with turns(self):
+            return super().__call__(*args, **kwargs)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Return a generator on ``device`` at the stored seed."""

@@ -30,6 +30,7 @@ from uq.inference.checkpoints import (
     stop_signals,
     take,
 )
+from uq.threads import process_state
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -166,9 +167,9 @@ def _own_threads() -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators inside, and put them back after."""
+    """Seed torch's global generators inside, and put them back after; one thread at a time."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with process_state(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

@@ -58,6 +58,7 @@ from uq.nn.bodies import MLP
 from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
 from uq.nn.network import Network, check_width
 from uq.streams import RowChunks, array_chunks, row_batches
+from uq.threads import turns
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -294,6 +295,11 @@ class Estimator(BaseEstimator, ABC):
             If a constructor argument is out of its range, or ``module`` does not fit the data.
         NonFiniteLossError
             If the loss ran off. The last good weights are kept: the estimator can predict.
+
+        Notes
+        -----
+        Fits in several threads run one after another: PyTorch's random generator belongs to the
+        whole process. Use processes (joblib) for fits side by side.
         """
         self._check_parameters()
         if self.strategy != "auto" and not self._trains_in_processes:
@@ -760,7 +766,9 @@ class Estimator(BaseEstimator, ABC):
         x, _ = self._posterior_at(X)
         if not isinstance(n, int | np.integer) or n < 1:
             raise ParameterError(f"sample_functions: n must be an integer >= 1, got {n!r}.")
-        return self._function_scale(self.posterior_.functions(x, n).double().numpy())
+        with turns(self.posterior_):
+            values = self.posterior_.functions(x, n).double().numpy()
+        return self._function_scale(values)
 
     @abstractmethod
     def _function_scale(self, values: np.ndarray) -> np.ndarray:
