@@ -18,7 +18,7 @@ _NUMBERS = ["seed", "stream", "step", "next_step", "n_summed"]
 
 
 @triton.jit
-def _place(segment_of, offset_of, start, size, group, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _place(segment_of, offset_of, start, size, group, BLOCK: tl.constexpr):
     """Segment, element in it, element of the flat vector, which are there, and group."""
     program = tl.program_id(0)
     segment = tl.load(segment_of + program)
