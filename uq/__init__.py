@@ -49,7 +49,7 @@ _EXPORTS = {
     "load": "uq.io",
     "methods": "uq.models.registry",
 }
-_PARTS = ("calibration", "data", "distributions", "inference", "models", "nn")
+_PARTS = ("calibration", "data", "distributions", "inference", "kernels", "models", "nn")
 
 __all__ = [*_EXPORTS, *_PARTS]
 
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from uq import data as data
     from uq import distributions as distributions
     from uq import inference as inference
+    from uq import kernels as kernels
     from uq import models as models
     from uq import nn as nn
     from uq.errors import UQError as UQError

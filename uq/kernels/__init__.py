@@ -3,6 +3,10 @@
 Methods reach them by the device of their tensors; :mod:`uq.kernels.dispatch` has the rule, and
 :mod:`uq.kernels.philox` the noise, which is the same on all devices. Nothing here is imported
 before it is asked for, and none of it needs more than torch (and Triton, on a GPU).
+
+Modules whose functions are used through them: :mod:`~uq.kernels.ivon` (sample and step over tensors
+where they lie), :mod:`~uq.kernels.leapfrog`, :mod:`~uq.kernels.resampling`, :mod:`~uq.kernels.sdm`
+and :mod:`~uq.kernels.sparse_linear`.
 """
 
 from importlib import import_module
