@@ -40,7 +40,7 @@ _QUERY_SHARE = 0.2
 _STEP_ROWS = 1280
 _EPOCHS = 50
 # A constant target has no scale; its predictions spread over this share of its size.
-_CONSTANT_SCALE = 1e-6
+_CONSTANT_SCALE = 1e-9
 
 
 class _FineTuning(Objective):
@@ -261,7 +261,8 @@ class _PFN(Estimator):
         self._check_parameters()
         self._loaded = self._load_prior()
         try:
-            return super().fit(self._coded(X, learn=True), y, sample_weight, resume=resume)
+            with np.errstate(invalid="ignore"):  # the mean of a column without a value
+                return super().fit(self._coded(X, learn=True), y, sample_weight, resume=resume)
         finally:
             del self._loaded
 
