@@ -29,6 +29,8 @@ SUITES = (
     "ssvi",
     "implicit",
     "masked",
+    "kernels",
+    "pfn",
     "sbc",
     "large",
     "stress",
