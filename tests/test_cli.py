@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ import pytest
 
 from uq import cli
 from uq.cli import main
+from uq.data import load_dataset
 from uq.errors import FitInterruptedWarning
 from uq.io import load
 from uq.models.registry import METHODS, QUICK
@@ -508,3 +510,69 @@ def test_pretrain_says_what_is_wrong(capsys, more, code, message):
     assert said.out == ""
     assert message in said.err
     assert said.err.count("\n") == 1
+
+
+# -- long runs -------------------------------------------------------------------------------------
+
+LONG = ["fit", "wine", "--method", "map", "--set", "max_epochs=20000", "--set", "patience=None"]
+
+
+def _command(folder, *more):
+    return subprocess.Popen(
+        [*UQ, *LONG, "--set", "hidden=8,", "--json-progress", *more, "--out", f"{folder}/m.uq"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_fit_and_says_how_to_go_on(tmp_path, number):
+    run = tmp_path / "run"
+    process = _command(tmp_path, "--checkpoint", str(run))
+    lines = [json.loads(process.stderr.readline()) for _ in range(4)]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out == ""
+    assert [line["event"] for line in lines] == ["start", "epoch", "epoch", "epoch"]
+    assert lines[3] | {"train_loss": 0, "seconds": 0} == {
+        "event": "epoch",
+        "method": "map",
+        "epoch": 3,
+        "train_loss": 0,
+        "held_out_loss": None,
+        "seconds": 0,
+    }
+    last = err.splitlines()[-1]
+    assert last.startswith("uq: error: interrupted; the same command with --resume goes on from")
+    assert not (tmp_path / "m.uq").exists()
+    assert not list(tmp_path.rglob(".uq-*"))
+    assert list(run.glob("stage-*"))
+
+
+def test_resuming_on_the_command_line(tmp_path, capsys):
+    run, out = tmp_path / "run", str(tmp_path / "m.uq")
+    short = ["fit", "wine", "--method", "map", "--set", "max_epochs=3", "--set", "hidden=8,"]
+    assert main([*short, "--out", out, "--checkpoint", str(run)]) == 0
+    assert _error(capsys, *short, "--out", out, "--checkpoint", str(run))[0] == 1  # there already
+    assert main([*short, "--out", out, "--checkpoint", str(run), "--resume"]) == 0
+    assert main([*short, "--out", str(tmp_path / "plain.uq")]) == 0
+    rows = load_dataset("wine").X
+    one, other = (load(tmp_path / name).predict_proba(rows) for name in ("m.uq", "plain.uq"))
+    np.testing.assert_array_equal(one, other)
+    assert _error(capsys, *short, "--out", out, "--resume") == (
+        2,
+        "--resume needs --checkpoint, the folder that the fit before wrote to",
+    )
+
+
+def test_hostile_names_on_the_terminal(tmp_path, capsys):
+    name = "a\x1b]0;owned\x07\u202e"
+    pd.DataFrame({name: [1.0, 2.0] * 10, "y": [0, 1] * 10}).to_csv(tmp_path / "t.csv", index=False)
+    assert main(["fit", str(tmp_path / "t.csv"), "--target", name[:3], "--method", "map"]) == 2
+    main(["report", str(tmp_path / "t.csv"), str(tmp_path / "t.csv"), "--target", name])
+    main(["fit", str(tmp_path / "t.csv"), "--target", name + "!", "--method", "map", "--out", "m"])
+    shown = capsys.readouterr()
+    assert all(c == "\n" or c.isprintable() for c in shown.out + shown.err)

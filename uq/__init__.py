@@ -4,10 +4,14 @@
 ``uq.calibration.report(dist, y)`` a calibration report on held-out data.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# A library writes to its logger; whether anything is shown is for the application to say.
+logging.getLogger("uq").addHandler(logging.NullHandler())
 
 # Loaded on first use (PEP 562): `import uq` costs nothing until something is asked of it.
 _EXPORTS = {

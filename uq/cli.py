@@ -1,7 +1,8 @@
 """The ``uq`` command: compare methods, fit one, predict with it, and report how calibrated it is.
 
-Exit codes: 0 done, 1 the data, a file or the fit failed, 2 the command line is wrong. An error is
-one line on stderr. With ``--json`` stdout holds exactly one JSON document.
+Exit codes: 0 done, 1 the data, a file or the fit failed, or Ctrl-C or SIGTERM ended it, 2 the
+command line is wrong. An error is one line on stderr. With ``--json`` stdout holds exactly one JSON
+document; with ``--json-progress`` stderr holds one JSON object a line while a model is fitted.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import ast
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _terminable():
             # An estimator that is interrupted keeps what it has; a command stops instead.
             warnings.simplefilter("error", FitInterruptedWarning)
             warnings.showwarning = _show_warning
@@ -68,12 +72,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `uq predict … | head`
         _drop_stdout()
         return 0
-    except (KeyboardInterrupt, FitInterruptedWarning):
-        return _fail("interrupted", 1)
+    except (KeyboardInterrupt, FitInterruptedWarning) as stop:
+        going_on = str(stop) if "--resume" in str(stop) else ""
+        return _fail(going_on or "interrupted", 1)
     except Exception as error:
         if debug:
             traceback.print_exc()
         return _fail(_describe(error), 2 if isinstance(error, UsageError) else 1)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, so that no file is left half-written."""
+
+    def note_stop(number: int, frame: Any) -> None:  # known by this name to a fit, which may wait
+        raise KeyboardInterrupt
+
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGTERM)
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, note_stop)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _describe(error: Exception) -> str:
@@ -153,6 +177,13 @@ def _parser() -> argparse.ArgumentParser:
         help="parameter of the estimator, such as hidden=64,64 or device=cpu; may be repeated",
     )
     fit.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
+    fit.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="folder to write to now and then"
+    )
+    fit.add_argument("--resume", action="store_true", help="go on from what --checkpoint holds")
+    fit.add_argument(
+        "--json-progress", action="store_true", help="one JSON object a line on stderr"
+    )
 
     predict = command("predict", _predict, "predict the rows of a table, one line each")
     predict.add_argument("model", metavar="MODEL", help="file that `uq fit` wrote")
@@ -302,11 +333,37 @@ def _compare(args: argparse.Namespace) -> None:
 def _fit(args: argparse.Namespace) -> None:
     name = _known_method(args.method)
     settings = dict(_setting(text) for text in args.set)
+    if args.resume and args.checkpoint is None:
+        raise UsageError("--resume needs --checkpoint, the folder that the fit before wrote to")
+    if args.checkpoint is not None:
+        settings["checkpoint_dir"] = args.checkpoint
     data = _open(args)
-    model = _model(name, data.task, settings, args.seed)
-    _check_file(args.out)
     start = time.perf_counter()
-    model.fit(data.X, data.y)
+
+    def tell(event: str, **facts: Any) -> None:
+        if args.json_progress:
+            seconds = round(time.perf_counter() - start, 3)
+            line = {"event": event, "method": name, **facts, "seconds": seconds}
+            print(json.dumps(line), file=sys.stderr, flush=True)
+
+    def each_epoch(state: Any) -> None:
+        losses = {"train_loss": state.train_loss, "held_out_loss": state.held_out_loss}
+        tell("epoch", epoch=state.epoch, **losses)
+
+    model = _model(name, data.task, {**settings, "callbacks": (each_epoch,)}, args.seed)
+    _check_file(args.out)
+    tell("start", rows=len(data.y), columns=data.X.shape[1])
+    try:
+        model.fit(data.X, data.y, resume=args.resume)
+    except (KeyboardInterrupt, FitInterruptedWarning) as error:
+        tell("interrupted")
+        if args.checkpoint is None:
+            raise
+        raise FitInterruptedWarning(
+            f"interrupted; the same command with --resume goes on from {args.checkpoint}"
+        ) from error
+    fitted = model.estimator_
+    tell("end", stop_reason=fitted.stop_reason_, epochs=fitted.n_epochs_)
     model.save(args.out)
     print(
         f"{args.out}: {type(model.estimator).__name__} fitted on {len(data.y)} rows, "

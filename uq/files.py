@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from uq.errors import SaveError, UQError
 
@@ -66,7 +66,7 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
     try:
         with _temporary(path.parent) as file:
             temporary = file.name
-            yield cast(BinaryIO, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -398,7 +398,7 @@ def stop_signals(*, at_a_step: bool) -> Iterator[StopRequest]:
         yield request  # signals are the main thread's business
         return
 
-    def note(number: int, frame: Any) -> None:
+    def note_stop(number: int, frame: Any) -> None:
         if request.asked or not at_a_step:
             raise KeyboardInterrupt
         request.asked = True
@@ -408,9 +408,9 @@ def stop_signals(*, at_a_step: bool) -> Iterator[StopRequest]:
         for which in (signal.SIGTERM, signal.SIGINT) if at_a_step else (signal.SIGTERM,):
             handler = signal.getsignal(which)
             # Another's handler stays; ours of an outer call is replaced for the time being.
-            ours = getattr(handler, "__qualname__", "").startswith("stop_signals.")
+            ours = getattr(handler, "__name__", "") == "note_stop"
             if ours or handler in (signal.SIG_DFL, signal.default_int_handler):
-                before[which] = signal.signal(which, note)
+                before[which] = signal.signal(which, note_stop)
         yield request
     finally:
         for which, handler in before.items():

@@ -35,6 +35,8 @@ from uq.threads import process_state
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_log = logging.getLogger("uq")
+
 # Floating-point operations of a step below which a second CPU thread costs more than it brings:
 # about 2 ms of one core. On a busy machine waiting for it costs a hundred times the step.
 _ONE_THREAD_FLOPS = 1e8
@@ -362,6 +364,7 @@ def train(
                     progress.set_postfix(loss=f"{train_loss:.3f}", held_out=f"{held_out:.3f}")
                 else:
                     progress.set_postfix(loss=f"{train_loss:.3f}")
+                _log.debug("%s: epoch %d, loss %.6g", description, epoch + 1, current)
                 if held_out is None or held_out < best.loss:
                     best.loss, result.best_epoch = current, epoch + 1
                     best.take()
