@@ -276,8 +276,8 @@ def meet(path):
             values = dist.probs if hasattr(dist, "probs") else dist.mean
         except uq.UQError:
             return "loaded, does not predict"
-        assert torch.isfinite(values).all(), f"{path}: predicts {values}"
-        return "loaded, predicts"
+        # Finite weights of absurd size may still overflow under some draw.
+        return "loaded, predicts" if torch.isfinite(values).all() else "loaded, predicts NaN"
     return outcome
 
 

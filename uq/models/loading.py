@@ -201,6 +201,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "tuple[int, ...]": lambda v: isinstance(v, tuple) and all(map(_is_whole, v)),
     "tuple[int, int]": lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_whole, v)),
     "dict[str, float]": _table_of(_is_real),
+    "dict[str, str]": _table_of(lambda v: isinstance(v, str)),
     "dict[str, np.ndarray]": _table_of(_is_array),
     "dict[str, list[float]]": _table_of(lambda v: isinstance(v, list) and all(map(_is_real, v))),
     "dict[str, Any]": _table_of(lambda v: True),
@@ -265,7 +266,7 @@ def _few_parameters(limit: int) -> Iterator[None]:
 
 
 def try_out(model: Any) -> None:
-    """Predict one row by one draw, which fails where attributes do not fit one another."""
+    """Predict one row by a few draws, which fails where attributes do not fit one another."""
     if isinstance(model, TablePreprocessor):
         model.transform(_row(model))
         return
@@ -277,7 +278,7 @@ def try_out(model: Any) -> None:
     asked = [vars(leaf).get("n_samples") for leaf in leaves]
     for leaf in leaves:
         if hasattr(leaf, "n_samples"):
-            leaf.n_samples = 1
+            leaf.n_samples = min(leaf.n_samples, 8)
     try:
         row = _row(model)
         dist: Any = model.predict_distribution(row)
