@@ -192,12 +192,20 @@ def test_yeo_johnson_and_its_inverse(power):
 
     transform = PowerTransform(rows(40, 1)[1].T)
     transform.power = torch.tensor([[power]], dtype=torch.float64)
+    transform.low, transform.high = (torch.full((1, 1), e).double() for e in (-6.0, 6.0))
     y = torch.linspace(-6, 6, 50).double()[None]
     z = transform(y)
     np.testing.assert_allclose(z[0].numpy(), yeojohnson(y[0].numpy(), power), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(transform.inverse(z), y, rtol=1e-9, atol=1e-9)
-    wide = transform.inverse(torch.linspace(-150, 150, 99).double()[None])
-    assert bool((wide.diff() > 0).all())
+    # Beyond: the same slope as at the end, in both directions.
+    far = torch.tensor([[6.0, 6.001, 7.0, 8.0, 9.0]], dtype=torch.float64)
+    for end in (far, -far.flip(1)):
+        slope = transform(end).diff() / end.diff()
+        torch.testing.assert_close(slope, slope[:, :1].expand_as(slope), rtol=1e-9, atol=0)
+        torch.testing.assert_close(transform.inverse(transform(end)), end, rtol=1e-9, atol=0)
+    near = transform(torch.tensor([[5.999, 6.0]], dtype=torch.float64)).diff() / 0.001
+    ahead = transform(far[:, :2]).diff() / 0.001
+    torch.testing.assert_close(near, ahead, rtol=1e-3, atol=0)
 
 
 def test_yeo_johnson_power_is_the_most_likely():

@@ -174,7 +174,8 @@ class _ClassTree:
 class PowerTransform:
     """Yeo-Johnson transform of standardised values, by maximum likelihood with λ in [0, 2].
 
-    In this range it maps the real line onto itself, so that predictions can always be mapped back.
+    Beyond the values that it was fitted to it goes on as a straight line: mapped back, the tails of
+    a prediction are not stretched without bound.
 
     Parameters
     ----------
@@ -197,6 +198,7 @@ class PowerTransform:
         jacobian = (w * y.sign() * y.abs().log1p()).sum(-1)
         likelihood = -0.5 * variance.log() + (grid[:, None] - 1) * jacobian
         self.power = grid[likelihood.argmax(0)][:, None]
+        self.low, self.high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
 
     @staticmethod
     def _forward(y: Tensor, power: Tensor) -> Tensor:
@@ -206,23 +208,30 @@ class PowerTransform:
         below = torch.where(other > 1e-9, torch.expm1(other * down) / other.clamp_min(1e-9), down)
         return above - below
 
+    @staticmethod
+    def _backward(z: Tensor, power: Tensor) -> Tensor:
+        other, up, down = 2 - power, z.clamp_min(0), (-z).clamp_min(0)
+        above = torch.where(power > 1e-9, (power * up).log1p() / power.clamp_min(1e-9), up)
+        below = torch.where(other > 1e-9, (other * down).log1p() / other.clamp_min(1e-9), down)
+        return torch.expm1(above) - torch.expm1(below)
+
+    def _slope(self, y: Tensor) -> Tensor:
+        """Derivative at ``y``."""
+        return torch.exp((self.power - 1) * y.sign() * y.abs().log1p())
+
     def __call__(self, y: Tensor) -> Tensor:
         """Transform values (m, n)."""
-        return self._forward(y.double(), self.power).to(y.dtype)
+        x = y.double()
+        inside = torch.maximum(torch.minimum(x, self.high), self.low)
+        return (self._forward(inside, self.power) + self._slope(inside) * (x - inside)).to(y.dtype)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Map values (m, …) back."""
-        power = self.power.view(-1, *(1,) * (z.ndim - 1))
-        other = 2 - power
-        # Beyond e^200 there is nothing to tell apart.
-        up, down = z.clamp_min(0), (-z).clamp_min(0)
-        above = torch.where(
-            power > 1e-9, (power * up).log1p() / power.clamp_min(1e-9), up.clamp_max(200)
-        )
-        below = torch.where(
-            other > 1e-9, (other * down).log1p() / other.clamp_min(1e-9), down.clamp_max(200)
-        )
-        return torch.expm1(above) - torch.expm1(below)
+        flat = z.flatten(1)
+        low, high = (self._forward(end, self.power) for end in (self.low, self.high))
+        inside = torch.maximum(torch.minimum(flat, high), low)
+        y = self._backward(inside, self.power)
+        return (y + (flat - inside) / self._slope(y)).view_as(z)
 
 
 def _bends_columns(v: int, classes: bool) -> bool:
