@@ -192,6 +192,7 @@ def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 TYPES: dict[str, Callable[[Any], bool]] = {
     "int": _is_whole,
+    "int | None": lambda v: v is None or _is_whole(v),
     "float": _is_real,
     "bool": lambda v: isinstance(v, bool),
     "str": lambda v: isinstance(v, str),
