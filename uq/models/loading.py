@@ -205,6 +205,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "dict[str, str]": _table_of(lambda v: isinstance(v, str)),
     "dict[str, np.ndarray]": _table_of(_is_array),
     "dict[str, list[float]]": _table_of(lambda v: isinstance(v, list) and all(map(_is_real, v))),
+    "dict[str, list[str]]": _table_of(_is_names),
     "dict[str, Any]": _table_of(lambda v: True),
 }
 
