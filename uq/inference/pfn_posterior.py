@@ -172,7 +172,7 @@ class _ClassTree:
 
 
 class PowerTransform:
-    """Yeo-Johnson transform of standardised values, by maximum likelihood with λ in [0, 2].
+    """Yeo-Johnson transform of standardised values, by maximum likelihood over λ in 1 ± reach.
 
     Beyond the values that it was fitted to it goes on as a straight line: mapped back, the tails of
     a prediction are not stretched without bound.
@@ -183,15 +183,18 @@ class PowerTransform:
         Values of m outputs or columns, NaN where missing.
     weight : Tensor of shape (n,), optional
         Weights of the rows.
+    reach : float, default=1
+        At most 1, at which a logarithm is the end. For targets 1/2, a square root: after an
+        exponential, the mean of a prediction is that of its utmost tail.
     """
 
-    def __init__(self, y: Tensor, weight: Tensor | None = None) -> None:
+    def __init__(self, y: Tensor, weight: Tensor | None = None, reach: float = 1.0) -> None:
         y = y.double()
         w = torch.ones_like(y[0]) if weight is None else weight.double()
         w = w * ~y.isnan()
         w = w / w.sum(-1, keepdim=True).clamp_min(1e-300)
         y = y.nan_to_num(0.0)
-        grid = torch.linspace(0, 2, 41, dtype=torch.float64, device=y.device)
+        grid = torch.linspace(1 - reach, 1 + reach, 41, dtype=torch.float64, device=y.device)
         z = self._forward(y, grid[:, None, None])
         mean = (z * w).sum(-1, keepdim=True)
         variance = ((z - mean).square() * w).sum(-1).clamp_min(1e-12)
@@ -433,7 +436,7 @@ class PFNPosterior(Posterior):
             targets = y.T
             # The expert standardises what comes out of the transform.
             if v % 2 == 1 and self.network.config.scaled:
-                view.power = PowerTransform(targets, weight)
+                view.power = PowerTransform(targets, weight, reach=0.5)
                 targets = view.power(targets)
             view.experts = (Expert(self.network, x, targets, weight, self.n_near),)
         for expert in view.experts:
