@@ -12,10 +12,9 @@ from uq.errors import DataError, LoadError, NoEpistemicError, ParameterError
 from uq.inference.pfn_posterior import (
     Expert,
     PFNPosterior,
-    PowerTransform,
     choose_neighbours,
-    principal_axes,
 )
+from uq.inference.pfn_transforms import PowerTransform, principal_axes
 from uq.nn import PFN, PFNConfig, preprocess, save_pfn
 
 

@@ -478,6 +478,15 @@ class PFNClassifier(_PFN, Classifier):
     S. Müller et al., "Transformers Can Do Bayesian Inference", ICLR 2022, arXiv 2112.10510;
     N. Hollmann et al., "TabPFN", ICLR 2023, arXiv 2207.01848; T. Nagler, "Statistical Foundations
     of Prior-Data Fitted Networks", ICML 2023, arXiv 2305.11097, for ``localize``.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_wine
+    >>> from uq import PFNClassifier
+    >>> X, y = load_wine(return_X_y=True)
+    >>> model = PFNClassifier(random_state=0).fit(X[::2], y[::2])
+    >>> bool(model.score(X[1::2], y[1::2]) > 0.9)
+    True
     """
 
     prior: str | Path = "tabular-classification"
@@ -511,6 +520,16 @@ class PFNRegressor(_PFN, Regressor):
     S. Müller et al., "Transformers Can Do Bayesian Inference", ICLR 2022, arXiv 2112.10510, for the
     network and its bars; N. Hollmann et al., Nature 637, 2025, for views; T. Nagler, "Statistical
     Foundations of Prior-Data Fitted Networks", ICML 2023, arXiv 2305.11097, for ``localize``.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_diabetes
+    >>> from uq import PFNRegressor
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> model = PFNRegressor(random_state=0).fit(X[:300], y[:300])
+    >>> lower, upper = model.predict_interval(X[300:], 0.9)
+    >>> bool(0.8 < ((lower < y[300:]) & (y[300:] < upper)).mean() < 1)
+    True
     """
 
     prior: str | Path = "tabular-regression"
