@@ -402,6 +402,8 @@ def _predict(args: argparse.Namespace) -> None:
 
 def _prediction_frames(model: Any, args: argparse.Namespace) -> Iterator[tuple[pd.DataFrame, bool]]:
     """Predictions of a few thousand rows at a time, and whether the rows have labels."""
+    import pandas as pd
+
     from uq.data import DATASETS, load_dataset
     from uq.distributions import ClassPredictive
     from uq.streams import TableStream, row_batches
@@ -419,7 +421,7 @@ def _prediction_frames(model: Any, args: argparse.Namespace) -> Iterator[tuple[p
         if named and frame.index.name is None:
             frame.index.name = "row"
         if not named:
-            frame.index = range(start, start + len(frame))
+            frame.index = pd.RangeIndex(start, start + len(frame))
             start += len(frame)
         yield frame, named
 
