@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def hyper_network() -> tuple[PFN, dict[str, Any]]:
     def train(**options: Any) -> Any:
         return pretrain_gp(
             GPHyperPrior(),  # type: ignore[arg-type]
-            steps=50 if QUICK else 6000,
+            steps=50 if QUICK else 5000,
             max_context=32,
             **options,
         )
@@ -274,51 +275,47 @@ def table(name: str, i: int) -> tuple[np.ndarray, ...]:
     return X[train], y[train], X[test], y[test]
 
 
-def uci_part() -> list[Row]:
+def uci_part(name: str) -> list[Row]:
     scores = []
-    for name in UCI[:2] if QUICK else UCI:
-        for i in range(SPLITS):
-            X, y, X_test, y_test = table(name, i)
-            for method, make in regression_methods(i).items():
-                start = time.perf_counter()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    model = make().fit(X, y)
-                dist = model.predict_distribution(X_test)
-                target = torch.as_tensor(y_test, dtype=torch.float64)
-                lower, upper = dist.interval(0.9)
-                scores.append(
-                    {
-                        "set": name,
-                        "method": method,
-                        "split": i,
-                        "nll": -float(dist.log_prob(target).mean()),
-                        "crps": float(dist.crps(target).mean()),
-                        "rmse": float((dist.mean - target).square().mean().sqrt()),
-                        "coverage_90": float(
-                            ((lower <= target) & (target <= upper)).double().mean()
-                        ),
-                        "seconds": time.perf_counter() - start,
-                    }
-                )
+    for i in range(SPLITS):
+        X, y, X_test, y_test = table(name, i)
+        for method, make in regression_methods(i).items():
+            start = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = make().fit(X, y)
+            dist = model.predict_distribution(X_test)
+            target = torch.as_tensor(y_test, dtype=torch.float64)
+            lower, upper = dist.interval(0.9)
+            scores.append(
+                {
+                    "set": name,
+                    "method": method,
+                    "split": i,
+                    "nll": -float(dist.log_prob(target).mean()),
+                    "crps": float(dist.crps(target).mean()),
+                    "rmse": float((dist.mean - target).square().mean().sqrt()),
+                    "coverage_90": float(((lower <= target) & (target <= upper)).double().mean()),
+                    "seconds": time.perf_counter() - start,
+                }
+            )
     found = mean_rows(scores, ["set", "method"], "split")
     return [{"part": "UCI regression, at most 1,000 rows"} | r for r in found]
 
 
-def class_tables() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    sets = {
-        "iris": load_iris(return_X_y=True),
-        "wine": load_wine(return_X_y=True),
-        "breast_cancer": load_breast_cancer(return_X_y=True),
-    }
-    for name in ("pima", "ionosphere", "german_credit", "banknote", "segment", "phoneme"):
-        path = DATA / "uci_classification" / f"{name}.npz"
-        if path.exists():
-            with np.load(path) as file:
-                X, y = file["X"], file["y"]
-            rows = np.random.default_rng(0).permutation(len(X))[:MAX_ROWS]
-            sets[name] = X[rows], y[rows]
-    return sets
+LOADERS = {"iris": load_iris, "wine": load_wine, "breast_cancer": load_breast_cancer}
+CLASS_SETS = (*LOADERS, "pima", "ionosphere", "german_credit", "banknote", "segment", "phoneme")
+
+
+def class_table(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A thousand random rows of a set, or all."""
+    if name in LOADERS:
+        X, y = LOADERS[name](return_X_y=True)
+    else:
+        with np.load(DATA / "uci_classification" / f"{name}.npz") as file:
+            X, y = file["X"], file["y"]
+    rows = np.random.default_rng(0).permutation(len(X))[:MAX_ROWS]
+    return X[rows], y[rows]
 
 
 def classification_methods(i: int) -> dict[str, Callable[[], Any]]:
@@ -333,28 +330,26 @@ def classification_methods(i: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def classification_part() -> list[Row]:
+def classification_part(name: str) -> list[Row]:
     scores = []
-    sets = class_tables()
-    for name in list(sets)[:2] if QUICK else sets:
-        X, y = sets[name]
-        folds = StratifiedKFold(5, shuffle=True, random_state=0).split(X, y)
-        for i, (train, test) in enumerate(folds):
-            if i >= SPLITS:
-                break
-            for method, make in classification_methods(i).items():
-                start = time.perf_counter()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    model = make().fit(X[train], y[train])
-                proba = np.clip(model.predict_proba(X[test]), 1e-12, 1)
-                position = np.searchsorted(model.classes_, y[test])
-                nll = -np.log(proba[np.arange(len(test)), position]).mean()
-                accuracy = float((proba.argmax(1) == position).mean())
-                scores.append(
-                    {"set": name, "method": method, "split": i, "nll": float(nll)}
-                    | {"accuracy": accuracy, "seconds": time.perf_counter() - start}
-                )
+    X, y = class_table(name)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0).split(X, y)
+    for i, (train, test) in enumerate(folds):
+        if i >= SPLITS:
+            break
+        for method, make in classification_methods(i).items():
+            start = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = make().fit(X[train], y[train])
+            proba = np.clip(model.predict_proba(X[test]), 1e-12, 1)
+            position = np.searchsorted(model.classes_, y[test])
+            nll = -np.log(proba[np.arange(len(test)), position]).mean()
+            accuracy = float((proba.argmax(1) == position).mean())
+            scores.append(
+                {"set": name, "method": method, "split": i, "nll": float(nll)}
+                | {"accuracy": accuracy, "seconds": time.perf_counter() - start}
+            )
     found = mean_rows(scores, ["set", "method"], "split")
     return [{"part": "classification, at most 1,000 rows"} | r for r in found]
 
@@ -362,41 +357,40 @@ def classification_part() -> list[Row]:
 # -- bias and variance ---------------------------------------------------------------------------
 
 
-def bias_part() -> list[Row]:
+def bias_part(n: int) -> list[Row]:
     """Nagler's experiment: p(1 | x) = ½ + ½ sin(1ᵀx), x ~ N(0, I₅), over random data sets.
 
     Bias² is the mean over test points of (mean prediction − p)², less the variance of that mean.
     """
     rng = np.random.default_rng(0)
-    X_test = rng.normal(size=(50, 5))
+    X_test = rng.normal(size=(50, 5))  # the same for every n
     truth = 0.5 + 0.5 * np.sin(X_test.sum(1))
     repeats = 3 if QUICK else 40
     rows: list[Row] = []
-    for n in (50, 200) if QUICK else (50, 100, 200, 500, 1000, 2000, 4000):
-        near = min(500, math.ceil(n ** (4 / 9)))
-        found: dict[str, list[np.ndarray]] = {"plain": [], "localised": []}
-        for _ in range(repeats):
-            X = rng.normal(size=(n, 5))
-            y = (rng.uniform(size=n) < 0.5 + 0.5 * np.sin(X.sum(1))).astype(int)
-            for method, k in (("plain", None), ("localised", near)):
-                model = PFNClassifier(n_views=1, localize=k, random_state=0, device="cpu")
-                found[method].append(model.fit(X, y).predict_proba(X_test)[:, 1])
-        for method, values in found.items():
-            p = np.stack(values)
-            variance = p.var(0, ddof=1)
-            squared = (p.mean(0) - truth) ** 2 - variance / repeats
-            rows.append(
-                {
-                    "part": "bias under misspecification",
-                    "n": n,
-                    "method": method,
-                    "neighbours": near if method == "localised" else n,
-                    "bias2": round(float(squared.mean()), 5),
-                    "bias2_se": round(float(squared.std(ddof=1) / len(squared) ** 0.5), 5),
-                    "variance": round(float(variance.mean()), 5),
-                    "data_sets": repeats,
-                }
-            )
+    near = min(500, math.ceil(n ** (4 / 9)))
+    found: dict[str, list[np.ndarray]] = {"plain": [], "localised": []}
+    for _ in range(repeats):
+        X = rng.normal(size=(n, 5))
+        y = (rng.uniform(size=n) < 0.5 + 0.5 * np.sin(X.sum(1))).astype(int)
+        for method, k in (("plain", None), ("localised", near)):
+            model = PFNClassifier(n_views=1, localize=k, random_state=0, device="cpu")
+            found[method].append(model.fit(X, y).predict_proba(X_test)[:, 1])
+    for method, values in found.items():
+        p = np.stack(values)
+        variance = p.var(0, ddof=1)
+        squared = (p.mean(0) - truth) ** 2 - variance / repeats
+        rows.append(
+            {
+                "part": "bias under misspecification",
+                "n": n,
+                "method": method,
+                "neighbours": near if method == "localised" else n,
+                "bias2": round(float(squared.mean()), 5),
+                "bias2_se": round(float(squared.std(ddof=1) / len(squared) ** 0.5), 5),
+                "variance": round(float(variance.mean()), 5),
+                "data_sets": repeats,
+            }
+        )
     return rows
 
 
@@ -567,7 +561,7 @@ def cache() -> list[Row]:
 
 
 MEMORY = """
-import resource, sys
+import sys
 import numpy as np, torch
 torch.set_num_threads(1)
 from uq import PFNRegressor
@@ -575,7 +569,9 @@ rng = np.random.default_rng(0)
 X = rng.normal(size=(int(sys.argv[1]), 10))
 model = PFNRegressor(random_state=0, device="cpu").fit(X, X[:, 0] + rng.normal(size=len(X)))
 model.predict(X[:1000])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+# Not ru_maxrss, which a child takes over from its parent.
+peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+print(int(peak.split()[1]) / 2**20)
 """
 
 
@@ -596,10 +592,13 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "gp": gp_part,
     "hyper": hyper_part,
     "speed": speed_part,
-    "uci": uci_part,
-    "classification": classification_part,
-    "bias": bias_part,
 }
+for _name in UCI[:2] if QUICK else UCI:
+    PARTS[f"UCI {_name}"] = partial(uci_part, _name)
+for _name in CLASS_SETS[:2] if QUICK else CLASS_SETS:
+    PARTS[f"classes {_name}"] = partial(classification_part, _name)
+for _n in (50, 200) if QUICK else (50, 100, 200, 500, 1000, 2000, 4000):
+    PARTS[f"bias {_n}"] = partial(bias_part, _n)
 
 
 def run() -> list[Row]:
