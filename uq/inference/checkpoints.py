@@ -378,20 +378,18 @@ class Stage:
 
 
 class StopRequest:
-    """Whether the process was asked to end."""
+    """Whether the process was asked to end, and whether it then has to."""
 
     asked = False
+    terminate = False
 
 
 @contextmanager
-def stop_signals(*, at_a_step: bool) -> Iterator[StopRequest]:
-    """Let SIGTERM end what runs inside as an interrupt does.
+def stop_signals() -> Iterator[StopRequest]:
+    """Note SIGTERM and SIGINT in what is yielded, so that the running step is finished first.
 
-    Parameters
-    ----------
-    at_a_step : bool
-        Only note SIGTERM and SIGINT in what is yielded, so that the running step is finished
-        first; a second signal interrupts at once. Otherwise SIGTERM interrupts at once.
+    A second signal interrupts at once. SIGTERM asks the process to end, unless the program handles
+    it itself; SIGINT asks the fit to.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -399,15 +397,16 @@ def stop_signals(*, at_a_step: bool) -> Iterator[StopRequest]:
         return
 
     def note_stop(number: int, frame: Any) -> None:
-        if request.asked or not at_a_step:
+        if request.asked:
             raise KeyboardInterrupt
         request.asked = True
+        request.terminate = before.get(signal.Signals(number)) == signal.SIG_DFL
 
     before: dict[signal.Signals, Any] = {}
     try:
-        for which in (signal.SIGTERM, signal.SIGINT) if at_a_step else (signal.SIGTERM,):
+        for which in (signal.SIGTERM, signal.SIGINT):
             handler = signal.getsignal(which)
-            # Another's handler stays; ours of an outer call is replaced for the time being.
+            # Another's handler stays; that of our command line is replaced for the time being.
             ours = getattr(handler, "__name__", "") == "note_stop"
             if ours or handler in (signal.SIG_DFL, signal.default_int_handler):
                 before[which] = signal.signal(which, note_stop)

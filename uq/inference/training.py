@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from uq.errors import FitInterruptedWarning, NonFiniteLossError, ParameterError
 from uq.inference.checkpoints import (
     Stage,
+    StopRequest,
     put_back,
     random_state,
     set_random_state,
@@ -328,7 +330,7 @@ def train(
         torch.manual_seed(torch.initial_seed() + fabric.global_rank)
     started = False
     try:
-        with _own_threads() as use_threads, stop_signals(at_a_step=saved is not None) as stop:
+        with _own_threads() as use_threads, _stops(saved) as stop:
             for epoch in progress:
                 for tensors in _batches_from(batches, at, saved):
                     batch = tensors
@@ -344,6 +346,11 @@ def train(
                     at.step += 1
                     if saved is not None and (stop.asked or saved.stage.due()):
                         saved.save(at, best, result)
+                    if stop.terminate:
+                        warn_interrupted(
+                            f"{description}, by SIGTERM", "fit(..., resume=True) goes on from here"
+                        )
+                        raise SystemExit(128 + signal.SIGTERM)
                     if stop.asked:
                         raise KeyboardInterrupt
                 train_loss = float(torch.stack(at.losses).mean())
@@ -394,6 +401,11 @@ def train(
     if saved is not None and result.error is None and result.stop_reason != "interrupted":
         saved.finish(result)
     return result
+
+
+def _stops(saved: _Saved | None) -> AbstractContextManager[StopRequest]:
+    """Where nothing is written, a signal does what it always does."""
+    return nullcontext(StopRequest()) if saved is None else stop_signals()
 
 
 @dataclass

@@ -41,7 +41,7 @@ from uq.distributions import (
     RealPredictive,
 )
 from uq.errors import DataError, ParameterError
-from uq.inference.checkpoints import Checkpoints, describe_run, stop_signals
+from uq.inference.checkpoints import Checkpoints, describe_run
 from uq.inference.data import ArrayBatches, ChunkBatches, LoaderBatches
 from uq.inference.posterior import Posterior
 from uq.inference.training import (
@@ -314,7 +314,7 @@ class Estimator(BaseEstimator, ABC):
             root = checkpoints.run["seed"]
         words = np.random.SeedSequence(root).generate_state(5)
         seeds = Seeds(*(int(w) for w in words))
-        with stop_signals(at_a_step=False), isolated_rng(seeds.init, fabric.device):
+        with isolated_rng(seeds.init, fabric.device):
             if _is_larger_than_memory(X) and sample_weight is None:
                 X, y = array_chunks(X, y), None
             if isinstance(X, Dataset | DataLoader):
