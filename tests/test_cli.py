@@ -293,7 +293,7 @@ def test_usage_errors(capsys, argv, message):
         ("predict nope.uq flats.csv", "there is no model file at 'nope.uq'"),
         ("predict flats.csv flats.csv", "flats.csv"),
         ("predict zeros.uq flats.csv", "zeros.uq"),
-        ("predict . flats.csv", "there is no model file at '.'"),
+        ("predict . flats.csv", "'.' cannot be read: Is a directory"),
     ],
 )
 def test_failures(capsys, argv, message):
@@ -524,6 +524,8 @@ def _command(folder, *more):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # What runs in the background may have been started with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
