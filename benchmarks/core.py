@@ -46,7 +46,10 @@ def paired(
     }
 
 
-def row(name: str, unit: str, target: str, met: bool, measured: dict[str, Any]) -> dict[str, Any]:
+def row(
+    name: str, unit: str, target: str, met: bool | None, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """Row of a table of speed; ``met`` is None where there is no target to meet."""
     rounded = {k: float(f"{v:.4g}") for k, v in measured.items()}
     return {"benchmark": name, "unit": unit, **rounded, "target": target, "met": met}
 
