@@ -101,8 +101,11 @@ def test_fit_from_a_file_learns_what_fit_from_memory_learns(table, tmp_path, met
     assert list(streamed.classes_) == ["no", "yes"]
     again = uq.TableModel(model).fit(stream)
     assert (again.predict_proba(X) == streamed.predict_proba(X)).all()
-    # Another order of the rows is another path of the optimizer, to about the same place.
-    assert abs(streamed.log_score(X, y) - direct.log_score(X, y)) < 0.05
+    # Another order of the rows is another path of the optimizer, to a model that is as good: to
+    # within three standard errors of what the score of these rows is known by.
+    codes = torch.tensor((y == "yes").to_numpy()).long()
+    one, other = (m.predict_distribution(X).log_prob(codes) for m in (streamed, direct))
+    assert abs(one.mean() - other.mean()) < 3 * other.std() / len(y) ** 0.5
     whole = streamed.predict_distribution(X).probs
     parts = list(streamed.predict_batches(TableStream(stream.path, chunk_rows=300), 200))
     assert [len(p.probs) for p in parts] == [170] * 5 + [153]  # row groups, cut further

@@ -233,7 +233,7 @@ class Checkpoints:
         if not resume:
             raise ParameterError(
                 f"checkpoint_dir {str(folder)!r} holds a fit already; go on with it by "
-                "fit(..., resume=True), or name another folder."
+                "fit(..., resume=True) (--resume in the shell), or name another folder."
             )
         self.run = there
         for name in dict.fromkeys([*run, *there]):
