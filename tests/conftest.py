@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, one seed, and where the real data lies."""
 
 import os
+import signal
 
 # Kernels run in Triton's interpreter, which looks at this when it is first imported; torch's
 # optimizers import it. Only tests that set UQ_KERNELS=triton run kernels on the CPU.
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# A run in the background may have been started with Ctrl-C ignored, and its children would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # NUTS is compiled for each shape of network and data: without optimisation that takes a second or
 # two rather than ten.
 os.environ.setdefault(
