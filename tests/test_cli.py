@@ -14,14 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uq import cli
-from uq.cli import main
+from uq.cli import commands, main
 from uq.data import load_dataset
 from uq.errors import FitInterruptedWarning
 from uq.io import load
 from uq.models.registry import METHODS, QUICK
 
-UQ = [sys.executable, "-c", "import sys; from uq.cli import main; sys.exit(main())"]
+UQ = [sys.executable, "-m", "uq"]
 
 
 @pytest.fixture(autouse=True)
@@ -386,11 +385,13 @@ def test_interrupt(capsys, monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_methods", interrupted)
+    monkeypatch.setattr(commands, "methods", interrupted)
     assert _error(capsys, "methods") == (1, "interrupted")
     # An estimator that is interrupted warns and keeps what it has; the command stops.
     monkeypatch.setattr(
-        cli, "_methods", lambda args: warnings.warn(FitInterruptedWarning("so far"), stacklevel=2)
+        commands,
+        "methods",
+        lambda args: warnings.warn(FitInterruptedWarning("so far"), stacklevel=2),
     )
     assert _error(capsys, "methods") == (1, "interrupted")
 
@@ -399,7 +400,7 @@ def test_a_bug_is_one_line_and_shows_more_on_request(capsys, monkeypatch):
     def broken(args):
         raise TypeError("two\nlines")
 
-    monkeypatch.setattr(cli, "_methods", broken)
+    monkeypatch.setattr(commands, "methods", broken)
     assert _error(capsys, "methods") == (
         1,
         "TypeError: two lines (unexpected; --debug shows where)",
@@ -441,7 +442,7 @@ def test_full_disk_behind_stdout(model, capsys, monkeypatch):
 def test_predict_in_batches_writes_what_it_writes_at_once(model, monkeypatch, suffix):
     read = pd.read_csv if suffix == "csv" else pd.read_parquet
     for rows in (8192, 7):
-        monkeypatch.setattr("uq.cli._BATCH_ROWS", rows)
+        monkeypatch.setattr("uq.cli.commands._BATCH_ROWS", rows)
         assert main(["predict", model, "sold.csv", "--out", f"{rows}.{suffix}"]) == 0
     pd.testing.assert_frame_equal(read(f"8192.{suffix}"), read(f"7.{suffix}"), rtol=1e-6)
 

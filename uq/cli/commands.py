@@ -1,0 +1,307 @@
+"""What each command of ``uq`` does."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uq.cli.inputs import (
+    UsageError,
+    chosen_methods,
+    group_columns,
+    known_method,
+    load_model,
+    ood_rows,
+    open_data,
+    setting,
+    table_model,
+    target_of,
+    task_of,
+    warm_up,
+)
+from uq.cli.outputs import (
+    check_file,
+    facts,
+    is_row_number,
+    label_frame,
+    number_frame,
+    progress,
+    publish,
+    report_folder,
+)
+from uq.errors import FitInterruptedWarning
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from uq.distributions import Predictive
+
+_BATCH_ROWS = 8192  # predicted at once
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Fit several methods on one split and report on its held-out rows."""
+    names = chosen_methods(args.methods)
+    data = open_data(args)
+    out = report_folder(args.out or Path("reports") / data.name)
+    ood = ood_rows(args.ood, data)
+    groups = group_columns(args.groups, data)
+    from uq import calibration
+    from uq.data import DATASETS, split_rows
+    from uq.models.registry import METHODS
+
+    if args.methods == "all":
+        names = [name for name in names if data.task in METHODS[name].tasks]
+    guessed = args.task is None and args.data not in DATASETS
+    if guessed and data.task == "classification" and data.y.dtype.kind in "iuf":
+        progress(
+            args,
+            f"{data.y.nunique()} whole numbers in the target are taken as classes; "
+            "--task regression predicts them as numbers",
+        )
+    X_train, X_test, y_train, y_test = split_rows(
+        data.X, data.y, data.task, test_size=args.test_size, seed=args.seed
+    )
+    settings = {} if args.max_epochs is None else {"max_epochs": args.max_epochs}
+    dists: dict[str, Predictive] = {}
+    ood_dists: dict[str, Predictive] = {}
+    fit_seconds: dict[str, float] = {}
+    predict_seconds: dict[str, float] = {}
+    warm_up()
+    for name in names:
+        model = table_model(name, data.task, settings, args.seed)
+        progress(args, f"{name}: fitting {len(y_train)} rows")
+        start = time.perf_counter()
+        model.fit(X_train, y_train)
+        fitted = time.perf_counter()
+        dists[name] = model.predict_distribution(X_test)
+        fit_seconds[name] = round(fitted - start, 3)
+        predict_seconds[name] = round(time.perf_counter() - fitted, 3)
+        progress(args, f"{name}: fitted in {fit_seconds[name]:.1f} s")
+        if ood is not None:
+            ood_dists[name] = model.predict_distribution(ood)
+    notes = {
+        **facts(data),
+        "rows to fit": len(y_train),
+        "held-out rows": len(y_test),
+        "seed": args.seed,
+        "seconds to fit": fit_seconds,
+        "seconds to predict": predict_seconds,
+        **({} if ood is None else {"out of distribution": args.ood or data.ood_name}),
+    }
+    report = calibration.compare(
+        dists,
+        y_test.to_numpy(),
+        ood=ood_dists or None,
+        groups=None if groups is None else groups.loc[y_test.index],
+        title=data.name,
+        notes=notes,
+    )
+    publish(report, out, as_json=args.json)
+
+
+def fit(args: argparse.Namespace) -> None:
+    """Fit one method on all rows and save the model."""
+    name = known_method(args.method)
+    settings = dict(setting(text) for text in args.set)
+    if args.resume and args.checkpoint is None:
+        raise UsageError("--resume needs --checkpoint, the folder that the fit before wrote to")
+    if args.checkpoint is not None:
+        settings["checkpoint_dir"] = args.checkpoint
+    data = open_data(args)
+    start = time.perf_counter()
+
+    def tell(event: str, **facts: Any) -> None:
+        if args.json_progress:
+            seconds = round(time.perf_counter() - start, 3)
+            line = {"event": event, "method": name, **facts, "seconds": seconds}
+            print(json.dumps(line), file=sys.stderr, flush=True)
+
+    def each_epoch(state: Any) -> None:
+        losses = {"train_loss": state.train_loss, "held_out_loss": state.held_out_loss}
+        tell("epoch", epoch=state.epoch, **losses)
+
+    model = table_model(name, data.task, {**settings, "callbacks": (each_epoch,)}, args.seed)
+    check_file(args.out)
+    tell("start", rows=len(data.y), columns=data.X.shape[1])
+    try:
+        model.fit(data.X, data.y, resume=args.resume)
+    except (KeyboardInterrupt, FitInterruptedWarning) as error:
+        tell("interrupted")
+        if args.checkpoint is None:
+            raise
+        raise FitInterruptedWarning(
+            f"interrupted; the same command with --resume goes on from {args.checkpoint}"
+        ) from error
+    fitted = model.estimator_
+    tell("end", stop_reason=fitted.stop_reason_, epochs=fitted.n_epochs_)
+    model.save(args.out)
+    print(
+        f"{args.out}: {type(model.estimator).__name__} fitted on {len(data.y)} rows, "
+        f"{data.X.shape[1]} columns in {time.perf_counter() - start:.1f} s"
+    )
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Write a prediction for each row, a few thousand at a time."""
+    if args.out is not None:
+        if args.out.suffix.lower() not in (".csv", ".parquet"):
+            raise UsageError(f"--out must end in .csv or .parquet, got {args.out}")
+        check_file(args.out)
+    from uq.files import writing
+
+    model = load_model(args.model)
+    frames = _prediction_frames(model, args)
+    first, named = next(frames)  # a mistake shows before a file is touched
+    every = itertools.chain([first], (frame for frame, _ in frames))
+    if args.out is None:
+        for i, frame in enumerate(every):
+            frame.to_csv(
+                sys.stdout,
+                index=named,
+                header=i == 0,
+                float_format="%.9g",
+                lineterminator="\n",
+            )
+        return
+    with writing(args.out) as file:
+        if args.out.suffix.lower() == ".csv":
+            for i, frame in enumerate(every):
+                frame.to_csv(file, index=named, header=i == 0, float_format="%.9g")
+        else:
+            _write_parquet(file, every, named)
+
+
+def _prediction_frames(model: Any, args: argparse.Namespace) -> Iterator[tuple[pd.DataFrame, bool]]:
+    """Predictions of a few thousand rows at a time, and whether the rows have labels."""
+    import pandas as pd
+
+    from uq.data import DATASETS, load_dataset
+    from uq.distributions import ClassPredictive
+    from uq.streams import TableStream, row_batches
+
+    # A file may be larger than memory, and its predictions are larger than it.
+    rows = load_dataset(args.data).X if args.data in DATASETS else TableStream(args.data)
+    named, start = False, 0
+    for i, part in enumerate(row_batches(rows, _BATCH_ROWS)):
+        dist = model.predict_distribution(part)
+        labels = isinstance(dist, ClassPredictive)
+        frame = label_frame(dist) if labels else number_frame(dist, args.coverage)
+        if i == 0:
+            # Row labels are worth a column; a plain count of the rows is not.
+            named = dist.index is not None and not is_row_number(dist.index)
+        if named and frame.index.name is None:
+            frame.index.name = "row"
+        if not named:
+            frame.index = pd.RangeIndex(start, start + len(frame))
+            start += len(frame)
+        yield frame, named
+
+
+def _write_parquet(file: Any, frames: Iterable[pd.DataFrame], named: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    for frame in frames:
+        table = pa.Table.from_pandas(frame, preserve_index=named)
+        writer = writer or pq.ParquetWriter(file, table.schema)
+        writer.write_table(table.cast(writer.schema))
+    if writer is not None:
+        writer.close()
+
+
+def report(args: argparse.Namespace) -> None:
+    """Report on a saved model with the labels of a table."""
+    from uq import calibration
+    from uq.data import open_dataset
+
+    model = load_model(args.model)
+    data = open_dataset(args.data, target=target_of(args), task=task_of(model))
+    name = Path(args.model).stem
+    out = report_folder(args.out or Path("reports") / name)
+    ood = ood_rows(args.ood, data)
+    groups = group_columns(args.groups, data)
+    report = calibration.report(
+        model.predict_distribution(data.X),
+        data.y.to_numpy(),
+        ood=None if ood is None else model.predict_distribution(ood),
+        groups=groups,
+        name=name,
+        title=f"{name} on {data.name}",
+        notes={
+            **facts(data),
+            "model": args.model,
+            **({} if ood is None else {"out of distribution": args.ood or data.ood_name}),
+            "mind": "rows that the model was fitted on make it look better than it is",
+        },
+    )
+    publish(report, out, as_json=args.json)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Train a prior-data fitted network, and describe it in a card beside its file."""
+    settings = dict(setting(text) for text in args.set)
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"--out must end in .safetensors, got {args.out}")
+    check_file(args.out)
+    import inspect
+
+    from uq.data import suggest
+    from uq.files import write_atomically
+    from uq.inference.pfn import pretrain_pfn
+    from uq.inference.pfn_card import model_card
+
+    own = {"prior", "out", "steps", "resume", "init", "random_state", "callbacks", "command"}
+    known = set(inspect.signature(pretrain_pfn).parameters) - own - {"verbose"}
+    for key in settings:
+        if key not in known:
+            raise UsageError(f"--set: pretraining has no setting {key!r}{suggest(key, known)}")
+    model, meta = pretrain_pfn(
+        args.prior,
+        steps=args.steps,
+        out=args.out,
+        resume=args.resume,
+        init=args.init,
+        random_state=args.seed,
+        command=_pretrain_command(args),
+        verbose=0 if args.quiet else 1,
+        **settings,
+    )
+    card = args.out.with_suffix(".md")
+    write_atomically({card: model_card(model, meta, name=args.out.stem).encode()})
+    run = meta["runs"][-1]
+    print(
+        f"{args.out}: {sum(p.numel() for p in model.parameters())} weights after "
+        f"{run['steps_done']} steps in {run['seconds'] / 60:.1f} min; held-out loss "
+        f"{run['log'][-1]['held_out']['mean']:.4f} nats; described in {card}"
+    )
+
+
+def _pretrain_command(args: argparse.Namespace) -> str:
+    """The command as another would type it: files by their names, without their folders."""
+    parts = [f"uq pretrain --prior {args.prior} --steps {args.steps} --seed {args.seed}"]
+    parts += [f"--out {args.out.name}"]
+    parts += [f"--init {Path(args.init).name}"] if args.init else []
+    return " ".join(parts + [f"--set {text}" for text in args.set])
+
+
+def methods(args: argparse.Namespace) -> None:
+    """List the methods."""
+    from uq.models.registry import methods
+
+    table = methods()
+    if args.json:
+        print(json.dumps(table.reset_index().to_dict("records"), indent=2))
+        return
+    width = max(map(len, table.index)) + 2
+    for name, row in table.iterrows():
+        print(f"{name:{width}}{row['cost']}")
+        print(f"{'':{width}}needs {row['needs']}")
+        print(f"{'':{width}}{row['paper']}")

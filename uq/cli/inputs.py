@@ -1,0 +1,157 @@
+"""Methods, models and tables that a command line names."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uq.errors import DataError, UQError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from uq.data import Dataset
+
+_GROUP_VALUES = 10  # distinct numbers that are groups as they are
+
+
+class UsageError(UQError):
+    """The command line itself is wrong; nothing was started."""
+
+
+def known_method(name: str) -> str:
+    """Check the name of a method."""
+    from uq.data import suggest
+    from uq.models.registry import METHODS
+
+    if name.lower() not in METHODS:
+        raise UsageError(f"method {name!r} is unknown{suggest(name, METHODS)}")
+    return name.lower()
+
+
+def chosen_methods(text: str | None) -> list[str]:
+    """Names that ``--methods`` stands for."""
+    from uq.models.registry import METHODS, QUICK
+
+    if text is None:
+        return list(QUICK)
+    names = list(METHODS) if text == "all" else [n.strip() for n in text.split(",") if n.strip()]
+    if not names:
+        raise UsageError("--methods names no method; see `uq methods`")
+    return list(dict.fromkeys(map(known_method, names)))
+
+
+def table_model(name: str, task: Any, settings: dict[str, Any], seed: int) -> Any:
+    """Build the estimator of a method, with the columns of a table encoded for it."""
+    from uq.data import suggest
+    from uq.models.registry import estimator_class
+    from uq.models.table import TableModel
+
+    estimator = estimator_class(name, task)()
+    known = estimator.get_params(deep=False)
+    for key in settings:
+        if key not in known:
+            raise UsageError(
+                f"{type(estimator).__name__} has no parameter {key!r}{suggest(key, known)}"
+            )
+    return TableModel(estimator.set_params(**{"random_state": seed, **settings}))
+
+
+def warm_up() -> None:
+    """Pay what torch does once in a process before the clock of the first method runs."""
+    import numpy as np
+
+    from uq.models.map import MAPRegressor
+
+    MAPRegressor(max_epochs=1, patience=None, random_state=0).fit(np.eye(4), np.arange(4.0))
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.strip() and value.strip()):
+        raise UsageError(f"--set takes NAME=VALUE, got {text!r}")
+    try:
+        return name.strip(), ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        # A bare word is text, so that the shell's quotes need no quotes around them.
+        if value.strip().replace(":", "").replace("-", "").isidentifier():
+            return name.strip(), value.strip()
+    raise UsageError(f"--set {text}: the value is neither a Python literal nor a word")
+
+
+def load_model(path: str) -> Any:
+    """Load a model, with an error that says so where the file is data."""
+    from uq.io import load
+
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt", ".parquet", ".pq"):
+        raise DataError(f"{path} looks like data, not a model; the model comes first: MODEL DATA.")
+    model = load(path)
+    if not hasattr(model, "predict_distribution"):
+        raise DataError(f"{path}: holds a {type(model).__name__}, which is not a model.")
+    return model
+
+
+def task_of(model: Any) -> Any:
+    """Whether a model predicts classes or numbers."""
+    from sklearn.base import is_classifier
+
+    return "classification" if is_classifier(model) else "regression"
+
+
+def target_of(args: argparse.Namespace) -> str | None:
+    """Check that there is a target exactly where DATA is a file; a mistake in usage otherwise."""
+    from uq.data import DATASETS
+
+    if args.data in DATASETS and args.target is not None:
+        raise UsageError(f"{args.data} is bundled with its target; leave --target out")
+    if args.data not in DATASETS and args.target is None and Path(args.data).exists():
+        raise UsageError(f"{args.data} is a file: name the column to predict with --target")
+    target: str | None = args.target
+    return target
+
+
+def open_data(args: argparse.Namespace) -> Dataset:
+    """Read DATA with its target."""
+    from uq.data import open_dataset
+
+    return open_dataset(args.data, target=target_of(args), task=args.task)
+
+
+def _features(source: str) -> pd.DataFrame:
+    from uq.data import DATASETS, load_dataset, read_table
+
+    return load_dataset(source).X if source in DATASETS else read_table(source)
+
+
+def ood_rows(source: str | None, data: Dataset) -> pd.DataFrame | None:
+    """Read the out-of-distribution rows, if there are any."""
+    if source is None:
+        return data.ood
+    frame = _features(source)
+    absent = [name for name in data.X.columns if name not in frame.columns]
+    if absent:  # said before the fits rather than after the first
+        raise DataError(f"{source}: there is no column {absent[0]!r}, which {data.name} has.")
+    return frame
+
+
+def group_columns(names: str | None, data: Dataset) -> pd.DataFrame | None:
+    """Columns that group the rows; numbers of many values by quarters."""
+    if names is None:
+        return None
+    import pandas as pd
+
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    absent = [name for name in chosen if name not in data.X]
+    if absent:
+        raise DataError(
+            f"--groups: {data.name} has no column {absent[0]!r}; it has "
+            f"{', '.join(map(str, data.X.columns))}."
+        )
+    frame = data.X[chosen].copy()
+    for name in chosen:
+        if pd.api.types.is_numeric_dtype(frame[name]) and frame[name].nunique() > _GROUP_VALUES:
+            frame[name] = pd.qcut(frame[name], 4, duplicates="drop", precision=3)
+    return frame

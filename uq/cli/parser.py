@@ -1,0 +1,153 @@
+"""The grammar of the ``uq`` command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from uq.cli import commands
+from uq.cli.inputs import UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser; every command sets its ``handler``."""
+    from uq import __version__
+    from uq.data import DATASETS
+
+    uq = _Parser(prog="uq", description="Predictive uncertainty, from the command line.")
+    uq.add_argument("--version", action="version", version=f"uq {__version__}")
+    subparsers = uq.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    data_help = f"CSV or Parquet file, or one of {', '.join(DATASETS)}"
+
+    def command(name: str, handler: Callable[[argparse.Namespace], None], text: str) -> _Parser:
+        added: _Parser = subparsers.add_parser(
+            name, help=text, description=text[0].upper() + text[1:]
+        )
+        added.set_defaults(handler=handler)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return added
+
+    compare = command("compare", commands.compare, "fit several methods, report on held-out rows")
+    compare.add_argument("data", metavar="DATA", help=data_help)
+    _add_target(compare)
+    compare.add_argument(
+        "--methods", metavar="A,B", help="default: the quick ones; 'all', or see `uq methods`"
+    )
+    compare.add_argument("--test-size", type=_share, default=0.25, metavar="SHARE", help="0.25")
+    compare.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
+    compare.add_argument("--max-epochs", type=_positive, metavar="N", help="of every fit")
+    _add_report(compare, "reports/<data>")
+    compare.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+    fit = command("fit", commands.fit, "fit one method on all rows and save the model")
+    fit.add_argument("data", metavar="DATA", help=data_help)
+    _add_target(fit)
+    fit.add_argument("--method", required=True, metavar="METHOD", help="see `uq methods`")
+    fit.add_argument("--out", required=True, type=Path, metavar="FILE", help="such as model.uq")
+    fit.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="parameter of the estimator, such as hidden=64,64 or device=cpu; may be repeated",
+    )
+    fit.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
+    fit.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="folder to write to now and then"
+    )
+    fit.add_argument("--resume", action="store_true", help="go on from what --checkpoint holds")
+    fit.add_argument(
+        "--json-progress", action="store_true", help="one JSON object a line on stderr"
+    )
+
+    predict = command("predict", commands.predict, "predict the rows of a table, one line each")
+    predict.add_argument("model", metavar="MODEL", help="file that `uq fit` wrote")
+    predict.add_argument("data", metavar="DATA", help=data_help)
+    predict.add_argument(
+        "--out", type=Path, metavar="FILE", help=".csv or .parquet; default: CSV on stdout"
+    )
+    predict.add_argument(
+        "--coverage", type=_share, default=0.9, metavar="SHARE", help="of the interval; 0.9"
+    )
+
+    report = command(
+        "report", commands.report, "report on a saved model with the labels of a table"
+    )
+    report.add_argument("model", metavar="MODEL", help="file that `uq fit` wrote")
+    report.add_argument("data", metavar="DATA", help=data_help)
+    report.add_argument("--target", metavar="COL", help="column with the truth")
+    _add_report(report, "reports/<model>")
+
+    pretrain = command(
+        "pretrain", commands.pretrain, "train a prior-data fitted network on a prior"
+    )
+    pretrain.add_argument(
+        "--prior",
+        required=True,
+        metavar="NAME",
+        help="gp, gp-hyper, bnn, scm, tabular-regression or tabular-classification",
+    )
+    pretrain.add_argument("--out", required=True, type=Path, metavar="FILE", help=".safetensors")
+    pretrain.add_argument("--steps", required=True, type=_positive, metavar="N")
+    pretrain.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    pretrain.add_argument("--init", metavar="FILE", help="finished network to start from")
+    pretrain.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of uq.inference.pretrain_pfn, such as d_model=96; may be repeated",
+    )
+    pretrain.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
+    pretrain.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+    methods = command("methods", commands.methods, "list the methods")
+    methods.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return uq
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", metavar="COL", help="column to predict, needed for a file")
+    parser.add_argument(
+        "--task", choices=("classification", "regression"), help="default: told by the target"
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help=f"folder, .html, .json or .md; default: {default}"
+    )
+    parser.add_argument("--ood", metavar="FILE", help="table of out-of-distribution rows")
+    parser.add_argument(
+        "--groups", metavar="A,B", help="columns by which to group rows; numbers go by quarters"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _share(text: str) -> float:
+    return _number(text, float, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def _natural(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
+
+
+def _positive(text: str) -> int:
+    return _number(text, int, lambda value: value > 0, "a whole number from 1 on")
+
+
+def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"needs {wanted}, got {text!r}")
+    return value
