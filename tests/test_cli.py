@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from uq.cli import commands, main
+from uq.cli import commands, doctor, main, outputs
+from uq.cli.parser import parser
 from uq.data import load_dataset
 from uq.errors import FitInterruptedWarning
 from uq.io import load
@@ -511,6 +514,62 @@ def test_pretrain_says_what_is_wrong(capsys, more, code, message):
     assert said.out == ""
     assert message in said.err
     assert said.err.count("\n") == 1
+
+
+# -- the newcomer's commands -----------------------------------------------------------------------
+
+
+def test_every_command_shows_examples_that_parse(capsys):
+    for command in ("compare", "fit", "predict", "report", "pretrain", "methods", "doctor"):
+        assert main([command, "--help"]) == 0
+        examples = capsys.readouterr().out.partition("examples:\n")[2].splitlines()
+        assert examples
+        for line in examples:
+            prog, *argv = line.split()
+            assert prog == "uq"
+            assert parser().parse_args(argv).handler
+
+
+def test_doctor_says_what_is_installed_and_that_it_works(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = {line["name"]: line for line in json.loads(capsys.readouterr().out)}
+    assert found["torch"]["seen"] == torch.__version__
+    assert found["fit"]["state"] == "ok"
+    assert main(["doctor"]) == 0
+    assert "+ torch" in capsys.readouterr().out
+
+
+def test_doctor_fails_where_a_needed_part_is_too_old(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "requires", lambda _: ["numpy>=999", "no-such>=1; extra == 'fast'"])
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr()
+    assert "! numpy" in said.out
+    assert "pip install 'numpy>=999'" in said.out
+    assert "- no-such" in said.out
+    assert said.err.startswith("uq: error: not in order: numpy;")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_and_options(capsys, shell):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "compare" in script
+    assert "coverage" in script
+    if shell == "bash" and shutil.which("bash"):
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
+    text = "How accurate?\n  Accuracy  1.000 ±0.079 *   0.9 ±0.1"
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert outputs.coloured(text) == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert outputs.coloured(text) == (
+        "\033[1mHow accurate?\033[0m\n  Accuracy  \033[32m1.000 ±0.079 *\033[0m   0.9 ±0.1"
+    )
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert outputs.coloured(text) == text
 
 
 # -- long runs -------------------------------------------------------------------------------------

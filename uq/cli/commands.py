@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from uq.cli.inputs import (
 from uq.cli.outputs import (
     check_file,
     facts,
+    finding_table,
     is_row_number,
     label_frame,
     number_frame,
@@ -35,7 +37,7 @@ from uq.cli.outputs import (
     publish,
     report_folder,
 )
-from uq.errors import FitInterruptedWarning
+from uq.errors import FitInterruptedWarning, UQError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -305,3 +307,25 @@ def methods(args: argparse.Namespace) -> None:
         print(f"{name:{width}}{row['cost']}")
         print(f"{'':{width}}needs {row['needs']}")
         print(f"{'':{width}}{row['paper']}")
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Print what is installed, what it runs on and whether it works; fail if it does not."""
+    from uq.cli.doctor import examine
+
+    findings = examine()
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        print(finding_table(findings))
+    if wrong := [finding.name for finding in findings if finding.state == "wrong"]:
+        raise UQError(f"not in order: {', '.join(wrong)}; what to do stands beside each")
+
+
+def completion(args: argparse.Namespace) -> None:
+    """Print the completion script of a shell."""
+    import shtab
+
+    from uq.cli.parser import parser
+
+    print(shtab.complete(parser(), args.shell))

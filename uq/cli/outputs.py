@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from uq.texts import visible
 if TYPE_CHECKING:
     import pandas as pd
 
+    from uq.cli.doctor import Finding
     from uq.data import Dataset
 
 
@@ -53,7 +56,29 @@ def publish(report: Any, out: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"html": str(html), **report.to_dict()}, indent=2, allow_nan=False))
     else:
-        print(report, f"\n{html}", sep="\n")
+        print(coloured(str(report)), f"\n{html}", sep="\n")
+
+
+def coloured(text: str) -> str:
+    """On a terminal: headings bold, the best of each row green (NO_COLOR turns it off)."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    text = re.sub(r"(?m)^(?! ).*\?$", "\033[1m\\g<0>\033[0m", text)
+    return re.sub(r"\S+(?: ±\S+)? \*(?=\s|$)", "\033[32m\\g<0>\033[0m", text)
+
+
+def finding_table(findings: list[Finding]) -> str:
+    """What ``uq doctor`` found, a line each."""
+    width = max(len(finding.name) for finding in findings)
+    lines, part = [], ""
+    for finding in findings:
+        if finding.part != part:
+            part = finding.part
+            lines.append(part)
+        mark = {"ok": "+", "absent": "-", "wrong": "!"}[finding.state]
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        lines.append(f"  {mark} {finding.name:{width}}  {finding.seen}{remedy}")
+    return "\n".join(lines)
 
 
 def progress(args: argparse.Namespace, line: str) -> None:

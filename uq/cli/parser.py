@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import shtab
+
 from uq.cli import commands
 from uq.cli.inputs import UsageError
 
@@ -26,16 +28,29 @@ def parser() -> argparse.ArgumentParser:
     subparsers = uq.add_subparsers(title="commands", metavar="COMMAND", required=True)
     data_help = f"CSV or Parquet file, or one of {', '.join(DATASETS)}"
 
-    def command(name: str, handler: Callable[[argparse.Namespace], None], text: str) -> _Parser:
+    def command(
+        name: str, handler: Callable[[argparse.Namespace], None], text: str, *examples: str
+    ) -> _Parser:
         added: _Parser = subparsers.add_parser(
-            name, help=text, description=text[0].upper() + text[1:]
+            name,
+            help=text,
+            description=text[0].upper() + text[1:],
+            epilog="\n".join(["examples:", *(f"  uq {name} {line}".rstrip() for line in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(handler=handler)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return added
 
-    compare = command("compare", commands.compare, "fit several methods, report on held-out rows")
-    compare.add_argument("data", metavar="DATA", help=data_help)
+    compare = command(
+        "compare",
+        commands.compare,
+        "fit several methods, report on held-out rows",
+        "digits",
+        "flats.csv --target price --budget 60s",
+        "flats.csv --target price --methods vbll,ivon,gp --out reports/flats.html",
+    )
+    _add_file(compare, "data", metavar="DATA", help=data_help)
     _add_target(compare)
     compare.add_argument(
         "--methods", metavar="A,B", help="default: the quick ones; 'all', or see `uq methods`"
@@ -46,11 +61,17 @@ def parser() -> argparse.ArgumentParser:
     _add_report(compare, "reports/<data>")
     compare.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
-    fit = command("fit", commands.fit, "fit one method on all rows and save the model")
-    fit.add_argument("data", metavar="DATA", help=data_help)
+    fit = command(
+        "fit",
+        commands.fit,
+        "fit one method on all rows and save the model",
+        "flats.csv --target price --method vbll --out flats.uq",
+        "big.parquet --target y --method ivon --out big.uq --set hidden=256,256 --checkpoint run",
+    )
+    _add_file(fit, "data", metavar="DATA", help=data_help)
     _add_target(fit)
     fit.add_argument("--method", required=True, metavar="METHOD", help="see `uq methods`")
-    fit.add_argument("--out", required=True, type=Path, metavar="FILE", help="such as model.uq")
+    _add_file(fit, "--out", required=True, type=Path, metavar="FILE", help="such as model.uq")
     fit.add_argument(
         "--set",
         action="append",
@@ -67,26 +88,39 @@ def parser() -> argparse.ArgumentParser:
         "--json-progress", action="store_true", help="one JSON object a line on stderr"
     )
 
-    predict = command("predict", commands.predict, "predict the rows of a table, one line each")
-    predict.add_argument("model", metavar="MODEL", help="file that `uq fit` wrote")
-    predict.add_argument("data", metavar="DATA", help=data_help)
-    predict.add_argument(
-        "--out", type=Path, metavar="FILE", help=".csv or .parquet; default: CSV on stdout"
+    predict = command(
+        "predict",
+        commands.predict,
+        "predict the rows of a table, one line each",
+        "flats.uq new.csv",
+        "flats.uq new.parquet --out predictions.parquet --coverage 0.95",
+    )
+    _add_file(predict, "model", metavar="MODEL", help="file that `uq fit` wrote")
+    _add_file(predict, "data", metavar="DATA", help=data_help)
+    _add_file(
+        predict, "--out", type=Path, metavar="FILE", help=".csv or .parquet; default: CSV on stdout"
     )
     predict.add_argument(
         "--coverage", type=_share, default=0.9, metavar="SHARE", help="of the interval; 0.9"
     )
 
     report = command(
-        "report", commands.report, "report on a saved model with the labels of a table"
+        "report",
+        commands.report,
+        "report on a saved model with the labels of a table",
+        "flats.uq sold.csv --target price --groups city",
     )
-    report.add_argument("model", metavar="MODEL", help="file that `uq fit` wrote")
-    report.add_argument("data", metavar="DATA", help=data_help)
+    _add_file(report, "model", metavar="MODEL", help="file that `uq fit` wrote")
+    _add_file(report, "data", metavar="DATA", help=data_help)
     report.add_argument("--target", metavar="COL", help="column with the truth")
     _add_report(report, "reports/<model>")
 
     pretrain = command(
-        "pretrain", commands.pretrain, "train a prior-data fitted network on a prior"
+        "pretrain",
+        commands.pretrain,
+        "train a prior-data fitted network on a prior",
+        "--prior gp --out gp.safetensors --steps 2000",
+        "--prior tabular-regression --out mine.safetensors --steps 20000 --resume",
     )
     pretrain.add_argument(
         "--prior",
@@ -94,10 +128,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="gp, gp-hyper, bnn, scm, tabular-regression or tabular-classification",
     )
-    pretrain.add_argument("--out", required=True, type=Path, metavar="FILE", help=".safetensors")
+    _add_file(pretrain, "--out", required=True, type=Path, metavar="FILE", help=".safetensors")
     pretrain.add_argument("--steps", required=True, type=_positive, metavar="N")
     pretrain.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    pretrain.add_argument("--init", metavar="FILE", help="finished network to start from")
+    _add_file(pretrain, "--init", metavar="FILE", help="finished network to start from")
     pretrain.add_argument(
         "--set",
         action="append",
@@ -108,9 +142,38 @@ def parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
     pretrain.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
-    methods = command("methods", commands.methods, "list the methods")
+    methods = command(
+        "methods",
+        commands.methods,
+        "list the methods",
+        "",
+        "--json",
+    )
     methods.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+    doctor = command(
+        "doctor",
+        commands.doctor,
+        "look at versions, optional parts, device and threads, and fit a small model",
+        "",
+        "--json",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+    completion = command(
+        "completion",
+        commands.completion,
+        "print the completion of this command for a shell",
+        "bash > ~/.local/share/bash-completion/completions/uq",
+        "zsh > ~/.zfunc/_uq",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     return uq
+
+
+def _add_file(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
+    """Add an argument that the shell completes by files."""
+    parser.add_argument(name, **options).complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
@@ -121,10 +184,14 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--out", type=Path, metavar="PATH", help=f"folder, .html, .json or .md; default: {default}"
+    _add_file(
+        parser,
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help=f"folder, .html, .json or .md; default: {default}",
     )
-    parser.add_argument("--ood", metavar="FILE", help="table of out-of-distribution rows")
+    _add_file(parser, "--ood", metavar="FILE", help="table of out-of-distribution rows")
     parser.add_argument(
         "--groups", metavar="A,B", help="columns by which to group rows; numbers go by quarters"
     )
