@@ -1,12 +1,13 @@
 # make demo   install and compare the methods on digits, with a calibration report
 # make test   install with the test tools, lint, type-check and run the suite
+# make tutorials   run the notebooks in full, in place
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One BLAS/OpenMP thread a process: two pytest workers on two cores beat four threads fighting.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test check format slow bench clean
+.PHONY: demo test check format slow bench tutorials clean
 .DEFAULT_GOAL := test
 
 # The stamps make a second call skip the installation until the dependency lists change.
@@ -40,6 +41,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.run core
+
+tutorials: $(VENV)/.installed-dev
+	$(BIN)/python -m tutorials.run
 
 clean:
 	rm -rf $(VENV) reports .pytest_cache .mypy_cache .ruff_cache
