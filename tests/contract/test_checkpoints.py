@@ -270,3 +270,127 @@ def test_a_signal_ends_the_fit_with_what_is_there(number, tmp_path):
         assert out.endswith("interrupted\n")
     assert FitInterruptedWarning.__name__ in err
     assert list((tmp_path / "run").glob("stage-0000.step-*"))
+
+
+# -- samplers --------------------------------------------------------------------------------------
+
+
+def sampling(state):
+    """Whether a state is that of a sampler, not of the training before."""
+    return bool(state.keys() & {"draws", "kept", "move"})
+
+
+@pytest.mark.parametrize("n_saved", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "task", "changes"),
+    [
+        ("masked", "classification", {}),
+        ("masked", "regression", {"n_chains": 2, "thin": 2}),
+        ("pbnn", "regression", {"refresh": True, "n_particles": 20, "hidden": (4,)}),
+        pytest.param("nuts", "classification", {"hidden": ()}, marks=pytest.mark.slow),
+        pytest.param("nuts", "regression", {"n_chains": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_between_two_steps_of_a_sampler(
+    method, task, changes, n_saved, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("uq.inference.nuts._BLOCK", 3)
+    X, y = data(task)
+    changes = changes | {"max_epochs": 1}
+    plain = make(method, task, **changes).fit(X, y)
+    settings = changes | {"checkpoint_dir": tmp_path, "checkpoint_every": "0s"}
+    save, saved = Stage.save, []
+
+    def save_and_die(self, step, state):
+        save(self, step, state)
+        saved.append(sampling(state))
+        if sum(saved) == n_saved:
+            raise Killed
+
+    monkeypatch.setattr(Stage, "save", save_and_die)
+    with pytest.raises(Killed):
+        make(method, task, **settings).fit(X, y)
+    saved.clear()
+    n_saved = -1
+    resumed = make(method, task, **settings).fit(X, y, resume=True)
+    assert saved
+    assert all(saved)  # nothing was trained again
+    assert_same_chains(plain, resumed, X)
+    saved.clear()
+    again = make(method, task, **settings).fit(X, y, resume=True)
+    assert not saved
+    assert_same_chains(plain, again, X)
+
+
+@pytest.mark.parametrize(
+    ("method", "n_draws"), [("masked", 2), pytest.param("nuts", 5, marks=pytest.mark.slow)]
+)
+def test_ctrl_c_in_a_sampler_keeps_its_draws_and_a_checkpoint(
+    method, n_draws, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("uq.inference.nuts._BLOCK", 3)
+    X, y = data("classification")
+    settings = {"max_epochs": 1, "hidden": (4,), "checkpoint_dir": tmp_path, "n_warmup": 4}
+    pressed = []
+
+    def update(self, n=1):
+        pressed.append(n)
+        if sum(pressed) == 4 + n_draws:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tqdm.auto.tqdm.update", update)
+        with pytest.warns(FitInterruptedWarning, match=f"the {n_draws} draws of each chain"):
+            model = make(method, "classification", **settings).fit(X, y)
+    assert model.stop_reason_ == "interrupted"
+    assert model.predict_distribution(X).n_draws == n_draws
+    (step,) = tmp_path.glob("stage-0001.step-*")  # though no 30 seconds had passed
+    assert sampling(read_state(step))
+    resumed = make(method, "classification", **settings).fit(X, y, resume=True)
+    plain = make(method, "classification", **settings | {"checkpoint_dir": None}).fit(X, y)
+    assert_same_chains(plain, resumed, X)
+    lp = model.sample_stats_["lp"]
+    np.testing.assert_array_equal(resumed.sample_stats_["lp"][:, :n_draws], lp)  # appended
+
+
+@pytest.mark.slow
+def test_a_killed_process_that_samples(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHAINS, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not list(tmp_path.glob("stage-0001.step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "resume=True" in err
+    done = [read_state(p)["kept"]["moved"]["acceptance"] for p in tmp_path.glob("stage-0001.*")]
+    assert 0 < max(chains.shape[1] for chains in done) < 10000
+
+
+CHAINS = textwrap.dedent(
+    """
+    import sys, torch
+    torch.set_num_threads(1)
+    from sklearn.datasets import load_wine
+    from uq import MaskedBNNClassifier
+    MaskedBNNClassifier(
+        hidden=(4,), max_epochs=1, n_chains=1, n_draws=10000, device="cpu", random_state=0,
+        checkpoint_dir=sys.argv[1], checkpoint_every=10,
+    ).fit(*load_wine(return_X_y=True))
+    """
+)
+
+
+def assert_same_chains(a, b, X):
+    assert_same(a, b, X)
+    for name in ("sample_stats_", "diagnostics_"):
+        tables = getattr(a, name, {})
+        assert tables.keys() == getattr(b, name, {}).keys()
+        for key, values in tables.items():
+            np.testing.assert_equal(getattr(b, name)[key], values, err_msg=key)

@@ -1,6 +1,7 @@
 """The SMC sampler: conjugate and enumerated posteriors, evidence and its error, moves, ranks."""
 
 import math
+import signal
 
 import numpy as np
 import pyro
@@ -12,6 +13,7 @@ from torch.distributions import Normal
 
 from uq.errors import DataError, FitInterruptedWarning, ParameterError
 from uq.inference import HMC, DataSchedule, ParticleWarning, RandomWalk, SMCSampler
+from uq.inference.checkpoints import Checkpoints
 
 N, S, RUNS = 100, 2000, 12
 statistical = pytest.mark.statistical
@@ -446,3 +448,75 @@ def test_simulation_based_calibration(model, schedule):
         # 20 ranks, 400 sets: χ² with 19 degrees of freedom at the level 1e-4.
         histogram = np.bincount(found[:, j], minlength=n_draws + 1)
         assert stats.chisquare(histogram).pvalue > 1e-4, histogram
+
+
+@pytest.mark.parametrize("move", [RandomWalk, HMC])
+@pytest.mark.parametrize("schedule", ["adaptive", [0.1, 0.3, 1.0], DataSchedule(6, 2)])
+def test_a_killed_run_goes_on_to_the_same_bits(schedule, move, tmp_path, monkeypatch):
+    """Also of several runs: steps of the moves, schedule and random numbers are taken up."""
+
+    class Killed(BaseException):
+        pass
+
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64)
+
+    def log_likelihood(theta, rows=slice(None)):
+        if len(calls) == kill_at:
+            raise Killed
+        calls.append(rows)
+        residual = x[rows] - theta[..., :1]
+        return -residual.square().sum(-1)
+
+    def run(resume):
+        found = Checkpoints(tmp_path / "run", 1, resume=resume, run={"format": 1, "seed": 0})
+        return sampler().run(3, checkpoint=found.stage())
+
+    def sampler():
+        return SMCSampler(
+            lambda shape, g: torch.randn(*shape, 2, generator=g, dtype=torch.float64),
+            lambda theta: -0.5 * theta.square().sum(-1),
+            log_likelihood,
+            move(),
+            n_particles=30,
+            n_runs=2,
+            schedule=schedule,
+            ess_threshold=0.9,
+        )
+
+    calls, kill_at = [], None
+    plain = sampler().run(3)
+    assert len(plain.ess) > 2
+    calls, kill_at = [], len(calls) - 1
+    with pytest.raises(Killed):
+        run(False)
+    n_before, kill_at = len(calls), None
+    resumed = run(True)
+    assert len(calls) - n_before < n_before / 2  # it did not begin again
+    calls.clear()
+    again = run(True)
+    assert not calls
+    for name, value in vars(plain).items():
+        for other in (resumed, again):
+            torch.testing.assert_close(
+                getattr(other, name), value, rtol=0, atol=0, equal_nan=True, msg=name
+            )
+
+
+def test_a_signal_between_targets_writes_the_particles(tmp_path):
+    def log_likelihood(theta, rows):
+        if rows == slice(3, 4):
+            signal.raise_signal(signal.SIGINT)
+        return -theta[..., 0].square()
+
+    found = Checkpoints(tmp_path, "600s", resume=False, run={"format": 1, "seed": 0})
+    sampler = SMCSampler(
+        lambda shape, g: torch.randn(*shape, 1, generator=g),
+        lambda theta: -0.5 * theta.square().sum(-1),
+        log_likelihood,
+        n_particles=50,
+        schedule=DataSchedule(6),
+    )
+    with pytest.warns(FitInterruptedWarning, match=r"0\.667 of the way"):  # that target is finished
+        result = sampler.run(0, checkpoint=found.stage())
+    assert result.interrupted
+    assert len(list(tmp_path.glob("stage-0000.step-*4.safetensors"))) == 1

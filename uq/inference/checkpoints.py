@@ -204,7 +204,8 @@ class Checkpoints:
     folder : str or Path
         Made where it is not there.
     every : int or str
-        Epochs between checkpoints, or seconds as "30s".
+        Epochs between checkpoints (of samplers: transitions of the chains, or targets of SMC), or
+        seconds as "30s".
     resume : bool
         Whether to go on with what is there; otherwise the folder must hold no run.
     run : dict
@@ -350,10 +351,10 @@ class Stage:
                 warnings.warn(f"{error}; the one before is taken.", UserWarning, stacklevel=2)
         return None, False
 
-    def due(self, epoch: int | None = None) -> bool:
-        """Whether it is time: asked after each step, and with the count after each epoch."""
+    def due(self, epoch: int | None = None, n: int = 1) -> bool:
+        """Whether it is time: asked after each step, and with the count after ``n`` epochs."""
         if self._of.epochs is not None:
-            return epoch is not None and epoch % self._of.epochs == 0
+            return epoch is not None and epoch // self._of.epochs > (epoch - n) // self._of.epochs
         assert self._of.seconds is not None
         return time.monotonic() - self._written >= self._of.seconds
 

@@ -10,6 +10,7 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from uq.inference.checkpoints import Stage, put_back, take
 from uq.inference.masked_bnn import (
     MaskedBNN,
     MaskedMoves,
@@ -20,7 +21,7 @@ from uq.inference.masked_bnn import (
     transition,
 )
 from uq.inference.masked_bnn_moves import StepSize
-from uq.inference.training import _ONE_THREAD_FLOPS, _own_threads, warn_interrupted
+from uq.inference.training import _ONE_THREAD_FLOPS, _own_threads, obey, stops, warn_interrupted
 from uq.nn.masked_bnn import MaskedMLP
 
 # Gradients from which the scale of a weight is taken.
@@ -67,6 +68,29 @@ class _Kept:
         if state.variance is not None:
             self.variances.append(state.variance)
         self.joint.append(model.log_joint(state, log_likelihood))
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data of few tensors, with the draws on axis 1."""
+        lists = {k: v for k, v in vars(self).items() if v and k not in ("parameters", "moved")}
+        state: dict[str, Any] = {k: torch.stack(v, 1) for k, v in lists.items()}
+        state["parameters"] = _stacked(self.parameters) if self.parameters else {}
+        moved = [vars(m) for m in self.moved]
+        state["moved"] = {k: torch.stack([m[k] for m in moved], 1) for k in moved[0]}
+        return state
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> _Kept:
+        """What gave this state."""
+
+        def split(table: Any) -> list[Any]:
+            if isinstance(table, Tensor):
+                return list(table.to(device).unbind(1))
+            columns = zip(*map(split, table.values()), strict=True)
+            return [dict(zip(table, column, strict=True)) for column in columns]
+
+        lists = {k: split(table) for k, table in state.items()}
+        lists["moved"] = [Moved(**m) for m in lists["moved"]]
+        return cls(**lists)
 
     def run(self, first: int, thin: int, n_leapfrog: int, interrupted: bool) -> MaskedRun:
         def table(parts: list[Tensor]) -> np.ndarray:
@@ -164,6 +188,7 @@ def sample_masked(
     thin: int = 5,
     target_accept: float = 0.7,
     generator: torch.Generator,
+    checkpoint: Stage | None = None,
     verbose: int = 0,
     description: str = "MaskedBNN",
 ) -> MaskedRun:
@@ -188,6 +213,8 @@ def sample_masked(
         Acceptance probability of a trajectory that the step size is adapted to.
     generator : torch.Generator
         Source of everything random, on the device of the model.
+    checkpoint : Stage, optional
+        Where to write the chains now and then, and to go on from, to the same bits.
     verbose : int, default=0
         1 shows a progress bar.
     description : str
@@ -206,17 +233,39 @@ def sample_masked(
     from tqdm.auto import tqdm
 
     moves = moves or MaskedMoves()
-    step = first_step_size(model, state, generator)
+    saved, _ = (None, False) if checkpoint is None else checkpoint.load()
+    device = state.weights.device
+    step = first_step_size(model, state, generator) if saved is None else saved["step"].to(device)
     adapt = StepSize(step, target_accept)
     scales, scale = Scales(state.weights), None
     kept = _Kept()
+    running = {"adapt": adapt, "scales": scales, "generator": generator}
+    if saved is not None:
+        weights, masks, variance = saved["at"]
+        state = MaskedState(
+            weights.to(device), masks.to(device), None if variance is None else variance.to(device)
+        )
+        scale = None if saved["scale"] is None else saved["scale"].to(device)
+        kept = _Kept.of(saved["kept"], device)
+        put_back(running, saved["running"])
+
+    def now() -> dict[str, Any]:
+        own = {"step": step, "scale": scale, "at": [*vars(state).values()], "kept": kept.state()}
+        return own | {"running": take(running)}
+
     total, interrupted = n_warmup + n_draws * thin, False
-    progress = tqdm(total=total, desc=description, unit="transition", disable=verbose < 1)
+    progress = tqdm(
+        total=total,
+        initial=len(kept.moved),
+        desc=description,
+        unit="transition",
+        disable=verbose < 1,
+    )
     try:
-        with _own_threads() as use_threads:
+        with _own_threads() as use_threads, stops(checkpoint) as stop:
             if _is_small(model, state):
                 use_threads(1)
-            for i in range(total):
+            for i in range(len(kept.moved), total):
                 if i == n_warmup // 2 and i:
                     scale = scales.learned()
                     step = first_step_size(model, state, generator, scale)
@@ -234,6 +283,11 @@ def sample_masked(
                 elif (i + 1 - n_warmup) % thin == 0:
                     kept.keep(model, state, moved.log_likelihood)
                 progress.update()
+                if checkpoint is not None and (stop.asked or checkpoint.due(i + 1)):
+                    checkpoint.save(i + 1, now())
+                obey(stop, description)
+        if checkpoint is not None:
+            checkpoint.finish(now())
     except KeyboardInterrupt:
         interrupted = True
         done = min(len(kept.moved), len(kept.steps), len(kept.widths))

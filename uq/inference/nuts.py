@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uq.errors import NonFiniteLossError
-from uq.inference.training import warn_interrupted
+from uq.errors import LoadError, NonFiniteLossError
+from uq.inference.checkpoints import Stage
+from uq.inference.training import obey, stops, warn_interrupted
 from uq.nn.network import Network
 from uq.nn.nuts import JaxNetwork, to_arrays
 
@@ -57,6 +58,7 @@ def sample_nuts(
     target_accept: float = 0.8,
     max_tree_depth: int = 10,
     seed: int = 0,
+    checkpoint: Stage | None = None,
     verbose: int = 0,
     description: str = "NUTS",
 ) -> NUTSRun:
@@ -88,6 +90,9 @@ def sample_nuts(
         A trajectory has at most 2^depth − 1 leapfrog steps.
     seed : int, default=0
         Seed of all chains.
+    checkpoint : Stage, optional
+        Where to write the chains now and then (every 50 transitions at most), and to go on from, to
+        the same bits.
     verbose : int, default=0
         1 shows a progress bar.
     description : str, default="NUTS"
@@ -104,6 +109,8 @@ def sample_nuts(
         If the network cannot be translated to JAX.
     NonFiniteLossError
         If the log density is not finite where the chains start.
+    LoadError
+        If the checkpoint is that of other chains.
     """
     import jax
     from tqdm.auto import tqdm
@@ -116,42 +123,55 @@ def sample_nuts(
     total = n_warmup + n_draws
     n_blocks = -(-total // _BLOCK)
     block = -(-total // n_blocks)
-    blocks: list[tuple[np.ndarray, ...]] = []
+    saved, _ = (None, False) if checkpoint is None else checkpoint.load()
+    done: int = 0 if saved is None else saved["done"]  # transitions
+    blocks = [] if saved is None else [tuple(saved["draws"])]
     interrupted = False
-    progress = tqdm(total=total, desc=description, unit="draw", disable=verbose < 1)
+    progress = tqdm(
+        total=total, initial=min(done, total), desc=description, unit="draw", disable=verbose < 1
+    )
     try:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), stops(checkpoint) as stop:
             first, advance = _compiled(
                 JaxNetwork(network), layout, n_warmup, target_accept, max_tree_depth, block
             )
             args = (*data, fixed, float(prior_scale))
             keys = jax.random.split(jax.random.key(seed), len(start))
-            state = first(start, keys, args)
-            if not np.isfinite(np.asarray(state.potential_energy)).all():
-                raise NonFiniteLossError(
-                    f"{description}: the log posterior is not finite where the chains start; look "
-                    "for extreme values in X or y."
-                )
-            for _ in range(n_blocks):
+            if saved is None:
+                state = first(start, keys, args)
+                if not np.isfinite(np.asarray(state.potential_energy)).all():
+                    raise NonFiniteLossError(
+                        f"{description}: the log posterior is not finite where the chains start; "
+                        "look for extreme values in X or y."
+                    )
+            elif done < total:
+                state = _state_from(saved["state"], first.eval_shape(start, keys, args))
+            while done < total:
                 state, out = advance(state, args)
-                blocks.append(tuple(np.asarray(a) for a in out))
+                # Scan puts the transitions first within a chain: (chains, block, …).
+                kept = tuple(np.asarray(a)[:, max(0, n_warmup - done) :] for a in out)
+                blocks, done = [*blocks, kept], done + block
                 progress.update(min(block, total - progress.n))
+                if checkpoint is not None and (stop.asked or checkpoint.due(done, block)):
+                    chains = {"draws": _joined(blocks), "state": _as_arrays(state)}
+                    checkpoint.save(done, {"done": done} | chains)
+                obey(stop, description)
+            if checkpoint is not None:
+                checkpoint.finish({"done": done, "draws": _joined(blocks)})
     except KeyboardInterrupt:
         interrupted = True
-        kept = max(0, block * len(blocks) - n_warmup)
+        n_kept = max(0, done - n_warmup)
         warn_interrupted(
-            f"{description}, after {block * len(blocks)} of {total} transitions",
-            f"the {kept} draws of each chain after warm-up are kept"
-            if kept
+            f"{description}, after {done} of {total} transitions",
+            f"the {n_kept} draws of each chain after warm-up are kept"
+            if n_kept
             else "warm-up had not ended, so the chains' starting points are kept",
         )
     finally:
         progress.close()
-    if block * len(blocks) <= n_warmup:
+    if done <= n_warmup:
         return NUTSRun({name: t[:, :0].double() for name, t in starts.items()}, {}, interrupted)
-    # Scan puts the transitions first within a chain: (chains, block, …).
-    columns = [np.concatenate(parts, 1)[:, n_warmup:total] for parts in zip(*blocks, strict=True)]
-    flat, *stats = columns
+    flat, *stats = (column[:, :n_draws] for column in _joined(blocks))
     sizes = [int(np.prod(shape)) for _, shape in layout]
     parts = np.split(flat, np.cumsum(sizes)[:-1], -1)
     draws = {
@@ -161,6 +181,37 @@ def sample_nuts(
     table = dict(zip(_STATS, stats, strict=True))
     table["reached_max_treedepth"] = table["n_steps"] >= 2**max_tree_depth - 1
     return NUTSRun(draws, table, interrupted)
+
+
+def _joined(blocks: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    return [np.concatenate(parts, 1) for parts in zip(*blocks, strict=True)]
+
+
+def _as_arrays(state: Any) -> list[np.ndarray]:
+    """Numbers of a sampler's state, its random keys among them."""
+    import jax
+
+    def numbers(leaf: Any) -> Any:
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.array(jax.random.key_data(leaf) if is_key else leaf)
+
+    return [numbers(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def _state_from(arrays: list[np.ndarray], like: Any) -> Any:
+    """State of these numbers, of the structure of ``like``."""
+    import jax
+
+    leaves, structure = jax.tree.flatten(like)
+    state = [
+        jax.random.wrap_key_data(jax.numpy.asarray(array))
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else jax.numpy.asarray(array)
+        for array, leaf in zip(arrays, leaves, strict=False)
+    ]
+    if [(a.shape, a.dtype) for a in state] != [(a.shape, a.dtype) for a in leaves]:
+        raise LoadError("the checkpoint does not fit the chains of this fit.")
+    return jax.tree.unflatten(structure, state)
 
 
 def _padded(

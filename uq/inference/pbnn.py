@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from uq.distributions import Predictive
 from uq.errors import DataError, ParameterError
+from uq.inference.checkpoints import Stage
 from uq.inference.pbnn_network import ParticleNetwork
 from uq.inference.posterior import WeightPosterior, Weights, monte_carlo
 from uq.inference.resampling import ancestors, normalize, resample_below, unique_share
@@ -391,6 +392,7 @@ def refresh(
     n_particles: int = 1000,
     prior_scale: float = 1.0,
     generator: torch.Generator,
+    checkpoint: Stage | None = None,
 ) -> SMCResult:
     """Sample p(φ | all rows; ψ) by tempered SMC with HMC moves, and estimate p(all rows; ψ).
 
@@ -402,6 +404,8 @@ def refresh(
         All rows.
     n_particles, prior_scale, generator
         As in :class:`OHSMC`.
+    checkpoint : Stage, optional
+        As in :meth:`uq.inference.SMCSampler.run`.
 
     Returns
     -------
@@ -420,7 +424,7 @@ def refresh(
         lambda phi: network(phi[0], x, y, weight)[None],
         HMC(),
         n_particles=n_particles,
-    ).run(generator=generator)
+    ).run(generator=generator, checkpoint=checkpoint)
 
 
 # -- posterior -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from uq.errors import DataError, ParameterError
+from uq.inference import checkpoints
 from uq.inference.resampling import (
     ParticleWarning,
     ancestors,
@@ -45,7 +46,7 @@ from uq.inference.resampling import (
     unique_share,
 )
 from uq.inference.smc_moves import LogDensity, Move, RandomWalk, check_count
-from uq.inference.training import warn_interrupted
+from uq.inference.training import obey, stops, warn_interrupted
 
 # A cloud is taken as collapsed below this effective number of particles or rate of acceptance.
 _FEW_PARTICLES = 5
@@ -273,7 +274,11 @@ class SMCSampler:
         return sampler
 
     def run(
-        self, seed: int | None = None, *, generator: torch.Generator | None = None
+        self,
+        seed: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        checkpoint: checkpoints.Stage | None = None,
     ) -> SMCResult:
         """Take the particles from the prior to the posterior.
 
@@ -283,6 +288,9 @@ class SMCSampler:
             Of everything random; the same seed gives the same particles. 0 by default.
         generator : torch.Generator, optional
             In place of a seed, on the device of the particles.
+        checkpoint : Stage, optional
+            Where to write the particles now and then, and to go on from, to the same bits. A
+            ``move`` of your own must remember nothing from one target to the next.
 
         Returns
         -------
@@ -304,9 +312,33 @@ class SMCSampler:
         if generator is None:
             generator = torch.Generator().manual_seed(0 if seed is None else seed)
         state = self._start(generator)
+        move = {"move": self.move}
+        saved, _ = (None, False) if checkpoint is None else checkpoint.load()
+        if saved is not None:
+            device = state.theta.device
+            trace = {k: list(v.to(device)) for k, v in saved["state"].pop("trace").items()}
+            particles = {k: v.to(device) for k, v in saved["state"].items()}
+            state = _State(**particles, trace=trace)
+            steps = {
+                k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved["move"].items()
+            }
+            checkpoints.put_back(move, steps)
+            generator.set_state(saved["generator"])
+
+        def now() -> dict[str, Any]:
+            own = {"move": checkpoints.take(move), "generator": generator.get_state()}
+            trace = {k: torch.stack(v) for k, v in state.trace.items()}
+            return own | {"state": vars(state) | {"trace": trace}}
+
         interrupted = False
         try:
-            self._walk(state, generator)
+            with stops(checkpoint) as stop:
+                for n in self._walk(state, generator):
+                    if checkpoint is not None and (stop.asked or checkpoint.due(n)):
+                        checkpoint.save(n, now())
+                    obey(stop, "SMCSampler")
+            if checkpoint is not None:
+                checkpoint.finish(now())
         except KeyboardInterrupt:
             if not state.trace["ess"]:
                 raise  # no target was reached: there is nothing to keep
@@ -321,11 +353,14 @@ class SMCSampler:
     # -- steps -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _walk(self, state: _State, generator: torch.Generator) -> None:
+    def _walk(self, state: _State, generator: torch.Generator) -> Iterator[int]:
+        """Go on from ``state``; yields the number of targets reached."""
         if isinstance(self.schedule, DataSchedule):
-            self._through_data(state, self.schedule, generator)
+            steps = self._through_data(state, self.schedule, generator)
         else:
-            self._through_temperatures(state, generator)
+            steps = self._through_temperatures(state, generator)
+        for _ in steps:
+            yield len(state.trace["ess"])
 
     def _start(self, generator: torch.Generator) -> _State:
         runs, n = self.n_runs or 1, self.n_particles
@@ -353,11 +388,12 @@ class SMCSampler:
             )
         return log_l
 
-    def _through_temperatures(self, state: _State, generator: torch.Generator) -> None:
-        now = torch.zeros_like(state.log_evidence)
-        given = None if self.schedule == "adaptive" else list(self.schedule)  # type: ignore[arg-type]
-        log_l = _usable(self._evaluate(state.theta, None))
+    def _through_temperatures(self, state: _State, generator: torch.Generator) -> Iterator[None]:
+        seen = state.trace["temperatures"]
+        now = seen[-1] if seen else torch.zeros_like(state.log_evidence)
+        given = None if self.schedule == "adaptive" else list(self.schedule)[len(seen) :]  # type: ignore[arg-type]
         while bool((now < 1).any()):
+            log_l = _usable(self._evaluate(state.theta, None))
             if given is None:
                 following = _next_temperature(state.log_weights, log_l, now, self.ess_threshold)
             else:
@@ -372,13 +408,13 @@ class SMCSampler:
                 return self.log_prior(theta) + power * self._evaluate(theta, None)
 
             self._advance(state, increment, now, log_target, generator)
-            if bool((now < 1).any()):
-                log_l = _usable(self._evaluate(state.theta, None))
+            yield
 
     def _through_data(
         self, state: _State, schedule: DataSchedule, generator: torch.Generator
-    ) -> None:
-        for start in range(0, schedule.n_rows, schedule.batch_size):
+    ) -> Iterator[None]:
+        n_seen = len(state.trace["ess"]) * schedule.batch_size
+        for start in range(n_seen, schedule.n_rows, schedule.batch_size):
             stop = min(start + schedule.batch_size, schedule.n_rows)
             increment = _usable(self._evaluate(state.theta, slice(start, stop)))
 
@@ -387,6 +423,7 @@ class SMCSampler:
 
             share = torch.full_like(state.log_evidence, stop / schedule.n_rows)
             self._advance(state, increment, share, log_target, generator)
+            yield
 
     def _advance(
         self,

@@ -330,7 +330,7 @@ def train(
         torch.manual_seed(torch.initial_seed() + fabric.global_rank)
     started = False
     try:
-        with _own_threads() as use_threads, _stops(saved) as stop:
+        with _own_threads() as use_threads, stops(checkpoint) as stop:
             for epoch in progress:
                 for tensors in _batches_from(batches, at, saved):
                     batch = tensors
@@ -346,13 +346,7 @@ def train(
                     at.step += 1
                     if saved is not None and (stop.asked or saved.stage.due()):
                         saved.save(at, best, result)
-                    if stop.terminate:
-                        warn_interrupted(
-                            f"{description}, by SIGTERM", "fit(..., resume=True) goes on from here"
-                        )
-                        raise SystemExit(128 + signal.SIGTERM)
-                    if stop.asked:
-                        raise KeyboardInterrupt
+                    obey(stop, description)
                 train_loss = float(torch.stack(at.losses).mean())
                 if shards is not None:
                     mean: Any = fabric.all_reduce(torch.tensor(train_loss).double())
@@ -403,9 +397,18 @@ def train(
     return result
 
 
-def _stops(saved: _Saved | None) -> AbstractContextManager[StopRequest]:
+def stops(checkpoint: Stage | None) -> AbstractContextManager[StopRequest]:
     """Where nothing is written, a signal does what it always does."""
-    return nullcontext(StopRequest()) if saved is None else stop_signals()
+    return nullcontext(StopRequest()) if checkpoint is None else stop_signals()
+
+
+def obey(stop: StopRequest, description: str) -> None:
+    """End the process or the fit where that was asked for, the state having been written."""
+    if stop.terminate:
+        warn_interrupted(f"{description}, by SIGTERM", "fit(..., resume=True) goes on from here")
+        raise SystemExit(128 + signal.SIGTERM)
+    if stop.asked:
+        raise KeyboardInterrupt
 
 
 @dataclass

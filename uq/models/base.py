@@ -41,7 +41,7 @@ from uq.distributions import (
     RealPredictive,
 )
 from uq.errors import DataError, ParameterError
-from uq.inference.checkpoints import Checkpoints, describe_run
+from uq.inference.checkpoints import Checkpoints, Stage, describe_run
 from uq.inference.data import ArrayBatches, ChunkBatches, LoaderBatches
 from uq.inference.posterior import Posterior
 from uq.inference.training import (
@@ -104,6 +104,10 @@ class TrainingData:
     fabric: Fabric
     seeds: Seeds
     checkpoints: Checkpoints | None = None
+
+    def stage(self) -> Stage | None:
+        """Where the next piece of the fit writes its checkpoints."""
+        return None if self.checkpoints is None else self.checkpoints.stage()
 
     def fingerprint(self) -> str:
         """Hash of the rows, as far as they are in memory."""
@@ -666,7 +670,7 @@ class Estimator(BaseEstimator, ABC):
             clip_norm=clip_norm,
             extra_state=extra_state,
             callbacks=self.callbacks,
-            checkpoint=None if data.checkpoints is None else data.checkpoints.stage(),
+            checkpoint=data.stage(),
             verbose=self.verbose,
             description=type(self).__name__,
         )

@@ -205,6 +205,7 @@ class _MaskedBNN(ChainDiagnostics, PointEstimator):
             thin=self.thin,
             target_accept=self.target_accept,
             generator=generator,
+            checkpoint=data.stage(),
             verbose=self.verbose,
             description=type(self).__name__,
         )

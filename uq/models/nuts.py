@@ -102,6 +102,7 @@ class _NUTS(ChainDiagnostics, PointEstimator):
             target_accept=self.target_accept,
             max_tree_depth=self.max_tree_depth,
             seed=data.seeds.noise,
+            checkpoint=data.stage(),
             verbose=self.verbose,
             description=type(self).__name__,
         )

@@ -125,7 +125,7 @@ class _PartialBNN(Estimator):
         renew = self.algorithm == "sgsmc" if self.refresh is None else self.refresh
         if result.error is None:
             self._warn_if_collapsed(model.dim)
-            fresh = self._refreshed(model, objective, data, generator) if renew else None
+            fresh = self._refreshed(model, objective, data, generator, result) if renew else None
             if fresh is not None:
                 particles, log_weights = fresh
         if float(log_weights.max() - log_weights.min()) > 0:
@@ -166,11 +166,14 @@ class _PartialBNN(Estimator):
         objective: OHSMC | SGSMC,
         data: TrainingData,
         generator: torch.Generator,
+        trained: TrainingResult,
     ) -> tuple[Tensor, Tensor] | None:
         """Cloud of the posterior given all rows at the learned ψ; None after an interrupt."""
         parts = [*data.batches, *([] if data.held_out is None else [data.held_out])]
         x, y, *weight = (torch.cat(ts) for ts in zip(*parts, strict=True))
         rows = weight[0] * objective.weight_factor if weight else None
+        # Training that goes on later ends with another ψ: this cloud is not its.
+        checkpoint = None if trained.stop_reason == "interrupted" else data.stage()
         try:
             result = refresh(
                 model,
@@ -180,15 +183,20 @@ class _PartialBNN(Estimator):
                 n_particles=self.n_particles,
                 prior_scale=self.prior_scale,
                 generator=generator,
+                checkpoint=checkpoint,
             )
         except KeyboardInterrupt:
             warn_interrupted(f"{type(self).__name__}, refresh", "the cloud of training is kept")
+            trained.stop_reason = "interrupted"
             return None
         found = result.diagnostics()
         self.diagnostics_["log_evidence"] = found.pop("log_evidence")
         self.diagnostics_["log_evidence_se"] = found.pop("log_evidence_se")
         self.diagnostics_["refresh"] = found
-        return None if result.interrupted else (result.particles, result.log_weights)
+        if result.interrupted:
+            trained.stop_reason = "interrupted"
+            return None
+        return result.particles, result.log_weights
 
     def _warn_if_collapsed(self, dim: int) -> None:
         ess = self.diagnostics_["ess"]

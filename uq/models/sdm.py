@@ -294,7 +294,7 @@ class SDMClassifier(Classifier):
             patience=patience,
             extra_state=(this.q, this.d),
             callbacks=self.callbacks,
-            checkpoint=None if data.checkpoints is None else data.checkpoints.stage(),
+            checkpoint=data.stage(),
             verbose=self.verbose,
             description=type(self).__name__,
         )
