@@ -292,6 +292,64 @@ def test_predictions_without_a_density_are_judged_by_crps():
     assert "has no density" in r.to_html()
 
 
+# -- what to pick ------------------------------------------------------------------------------
+
+
+def test_the_ranking_is_of_the_paired_differences():
+    r = compare({"wide": regressor(scale=2.0), "good": regressor()}, Y_REAL)
+    first, second = r.ranking
+    d = next(d for d in r.differences if d.metric == "negative_log_likelihood")
+    assert (first.method, first.behind, first.tied) == ("good", 0.0, True)
+    assert (d.first, d.second, d.winner) == ("wide", "good", "good")
+    assert (second.behind, second.behind_low, second.behind_high) == (d.value, d.low, d.high)
+    assert second.value - first.value == pytest.approx(second.behind)
+    assert not second.tied
+    assert (first.fault, second.fault) == ("", "intervals too wide")
+    turned = compare({"good": regressor(), "wide": regressor(scale=2.0)}, Y_REAL).ranking[1]
+    assert turned.behind_low <= turned.behind <= turned.behind_high
+    assert turned.behind == pytest.approx(second.behind)
+
+
+def test_what_to_pick_is_calibrated_before_quick_and_quick_before_best():
+    same = {"a": regressor(), "b": regressor(shift=1e-3), "wide": regressor(scale=2.0)}
+    seconds = {"a": 9.0, "b": 2.0, "wide": 0.1}
+    r = compare(same, Y_REAL, fit_seconds=seconds)
+    assert {x.method for x in r.ranking if x.tied} == {"a", "b"}
+    assert r.recommendation.startswith("Pick b: ")
+    assert "of two such methods it fits quickest (2 s, the others up to 9 s)" in r.recommendation
+    first = r.ranking[0].method
+    assert compare(same, Y_REAL).recommendation == (
+        f"Pick {first}: it has the best log score, nothing is against its calibration."
+    )
+    for text in (str(r), r.to_html(), r.to_markdown()):
+        assert "intervals too wide" in text
+
+
+def test_a_pick_with_a_fault_says_how_to_mend_it_and_a_useless_one_is_none():
+    narrow = compare({"a": regressor(scale=0.38), "b": regressor(scale=0.2)}, Y_REAL)
+    assert narrow.recommendation == (
+        "Pick a: it has the best log score. Mend its calibration (intervals too narrow), as by "
+        "uq.calibration.VarianceScaling."
+    )
+    sure = compare({"a": classifier(4.0, n_draws=1), "b": classifier(40.0, n_draws=1)}, Y_CLASS)
+    assert "over-confident" in {x.fault for x in sure.ranking}
+    off = {"a": regressor(shift=30.0), "b": regressor(shift=31.0)}
+    assert compare(off, Y_REAL).recommendation.startswith("Pick none: no log score is better than")
+
+
+def test_one_method_has_no_ranking(regressed):
+    assert report(regressor(), Y_REAL).ranking == []
+    assert report(regressor(), Y_REAL).recommendation == ""
+    read = Report.from_dict(json.loads(json.dumps(regressed.to_dict())))
+    assert (read.ranking, read.recommendation) == (regressed.ranking, regressed.recommendation)
+
+
+@pytest.mark.parametrize("seconds", [{"c": 1.0}, {"a": -1.0}, {"a": float("nan")}])
+def test_seconds_to_fit_must_be_of_the_methods(seconds):
+    with pytest.raises(ParameterError, match="fit_seconds"):
+        compare({"a": regressor(), "b": regressor()}, Y_REAL, fit_seconds=seconds)
+
+
 # -- groups ------------------------------------------------------------------------------------
 
 
@@ -452,7 +510,8 @@ def test_what_users_write_is_escaped(regressed):
 
 def test_notes_are_printed(classified):
     assert "seconds: good 1.235" in str(classified)
-    assert "<dd>good 1.235</dd>" in classified.to_html()
+    assert "seconds: good 1.235" in classified.to_html()
+    assert "- seconds: good 1.235" in classified.to_markdown()
 
 
 def test_dict_is_json_with_definitions_versions_and_curves(classified):

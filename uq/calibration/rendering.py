@@ -91,12 +91,24 @@ class DiagnosticTable:
 
 
 @dataclass(frozen=True)
+class RankRow:
+    """One method in the ranking, as texts; the columns are ``View.ranking_columns``."""
+
+    method: str
+    cells: list[str]
+    tied: bool
+
+
+@dataclass(frozen=True)
 class View:
     """Everything that is shown, as texts."""
 
     title: str
     setting: str
     summary: str
+    recommendation: str
+    ranking_columns: list[str]
+    ranking: list[RankRow]
     methods: list[str]
     sections: list[Section]
     baseline: list[Row]
@@ -111,6 +123,7 @@ class View:
 
 
 BASELINE = "constant"
+_RANKING = ("Score", "Interval", "Behind the first", "Calibration", "Fit, s")
 
 
 def view(data: dict[str, Any]) -> View:
@@ -126,6 +139,9 @@ def view(data: dict[str, Any]) -> View:
         title=data["title"],
         setting=_setting(data),
         summary=data["summary"],
+        recommendation=data["recommendation"],
+        ranking_columns=list(_RANKING),
+        ranking=_ranking(data["ranking"]),
         methods=methods,
         sections=sections,
         baseline=_baseline_rows(data, labels),
@@ -153,8 +169,9 @@ def to_text(data: dict[str, Any]) -> str:
     """Plain text of at most 100 columns, methods in blocks of four."""
     v = view(all_visible(data))
     lines = [*_wrap(v.title), *_wrap(v.setting)]
+    lines += _wrapped(f"{key}: {text}" for key, text in v.notes)
     if v.summary:
-        lines += ["", *_wrap(v.summary)]
+        lines += ["", *_wrap(v.summary), *_wrap(v.recommendation), "", *_text_ranking(v)]
     for section in v.sections:
         lines += ["", section.title]
         for name, sentence in section.verdicts:
@@ -176,7 +193,6 @@ def to_text(data: dict[str, Any]) -> str:
     lines += ["", f"± the longer side of the {v.interval} interval."]
     if len(v.methods) > 1:
         lines[-1] += " * best, = not distinguishable from the best."
-    lines += _wrapped(f"{key}: {text}" for key, text in v.notes)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -190,6 +206,15 @@ def _text_table(rows: list[Row], columns: list[str]) -> list[str]:
             shown = "".join(_fit(_text_cell(row.cells[m]), _CELL_WIDTH) for m in block)
             lines.append(_fit(f"  {row.label}", _LABEL_WIDTH) + shown)
     return lines
+
+
+def _text_ranking(v: View) -> list[str]:
+    table = [("", *v.ranking_columns), *((_fit(r.method, 17), *r.cells) for r in v.ranking)]
+    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
+    return [
+        "  " + "".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
 
 
 def _text_groups(table: GroupTable, several: bool) -> list[str]:
@@ -229,7 +254,12 @@ def to_markdown(data: dict[str, Any]) -> str:
     """Findings and tables in GitHub's Markdown."""
     v = view(all_visible(data))
     lines = [f"# {_escape(v.title)}", "", _escape(v.setting), ""]
-    lines += [_escape(v.summary), ""] if v.summary else []
+    lines += [f"- {_escape(key)}: {_escape(text)}" for key, text in v.notes]
+    lines += [""] if v.notes else []
+    if v.summary:
+        ranked = [[row.method, *row.cells] for row in v.ranking]
+        lines += [f"{_escape(v.summary)} {_escape(v.recommendation)}", ""]
+        lines += [*_markdown_table(["", *v.ranking_columns], ranked), ""]
     for section in v.sections:
         lines += [f"## {section.title}", ""]
         lines += [f"- **{_escape(name)}**: {_escape(text)}" for name, text in section.verdicts]
@@ -251,8 +281,7 @@ def to_markdown(data: dict[str, Any]) -> str:
         d = v.diagnostics
         lines += [f"## {SECTIONS['diagnostics']}", "", *(f"- {_escape(t)}" for t in d.findings), ""]
         lines += _markdown_table(["", *d.columns], d.rows)
-    lines += [f"Intervals hold {v.interval}.", ""]
-    lines += [f"- {_escape(key)}: {_escape(text)}" for key, text in v.notes]
+    lines += [f"Intervals hold {v.interval}."]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -361,6 +390,33 @@ def _baseline_rows(data: dict[str, Any], labels: Mapping[str, Any]) -> list[Row]
         cells = {**row.cells, BASELINE: Cell(_number(value, _format(numbers)))}
         rows.append(Row(row.label, row.definition, row.better, cells))
     return rows
+
+
+def _ranking(lines: list[dict[str, Any]]) -> list[RankRow]:
+    """The ranking with as many decimals as the narrowest interval asks for."""
+    keys = ("value", "low", "high", "behind", "behind_low", "behind_high")
+    numbers = [{k: math.nan if x[k] is None else float(x[k]) for k in keys} for x in lines]
+    spec = _format([{k: n[k] for k in ("value", "low", "high")} for n in numbers])
+
+    def between(low: float, high: float) -> str:
+        return f"{_number(low, spec)} to {_number(high, spec)}"
+
+    return [
+        RankRow(
+            method=x["method"],
+            cells=[
+                _number(n["value"], spec),
+                between(n["low"], n["high"]),
+                "first"
+                if i == 0
+                else f"{_number(n['behind'], spec)} ({between(n['behind_low'], n['behind_high'])})",
+                x["fault"] or "no fault seen",
+                "—" if x["seconds"] is None else f"{float(x['seconds']):.3g}",
+            ],
+            tied=x["tied"],
+        )
+        for i, (x, n) in enumerate(zip(lines, numbers, strict=True))
+    ]
 
 
 def _records(data: dict[str, Any], labels: Mapping[str, Any]) -> list[Row]:

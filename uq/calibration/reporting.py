@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,11 +29,12 @@ from uq.calibration.class_definitions import CLASSIFICATION
 from uq.calibration.curves import Curve, diagrams, ood_curves
 from uq.calibration.definitions import Definition, Metric
 from uq.calibration.grouping import Group, check_groups, group_reports, outputs_as_groups
+from uq.calibration.memo import Standing, ranking, recommendation, summary
 from uq.calibration.ood import OOD_METRICS, check_scores, ood_score
 from uq.calibration.real_definitions import REGRESSION
 from uq.calibration.rendering import to_html, to_markdown, to_text
 from uq.calibration.rows import ClassificationRows, Names, Rows, make_rows
-from uq.calibration.verdicts import group_findings, summary, verdicts
+from uq.calibration.verdicts import fault, group_findings, verdicts
 from uq.distributions import Predictive, RealPredictive
 from uq.errors import DataError, LoadError, ParameterError, SaveError
 from uq.files import write_atomically
@@ -107,6 +108,10 @@ class Report:
     diagnostics : dict
         How sampling went, as texts: "columns", "rows" (a label first) and "warnings"; empty where
         none were given.
+    ranking : list of Standing
+        Methods from the best log score to the worst; empty for one method.
+    recommendation : str
+        Which method to pick, and why; "" for one method.
     """
 
     title: str
@@ -124,6 +129,8 @@ class Report:
     notes: dict[str, Any]
     versions: dict[str, str]
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    ranking: list[Standing] = field(default_factory=list)
+    recommendation: str = ""
 
     # -- tables ----------------------------------------------------------------------------
 
@@ -248,6 +255,8 @@ class Report:
                 resampling=Resampling(**data["resampling"]),
                 versions=dict(data["versions"]),
                 diagnostics=_checked_diagnostics(data.get("diagnostics", {})),
+                ranking=[_standing(line) for line in data.get("ranking", [])],
+                recommendation=str(data.get("recommendation", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(
@@ -457,7 +466,7 @@ def report(
     settings = Resampling(interval, n_resamples, random_state)
     ood_by_name = None if ood is None else {name: ood}
     shown = {} if diagnostics is None else _diagnostic_texts(diagnostics)
-    made = _make({name: prediction}, y, ood_by_name, groups, labels, title, notes, settings)
+    made = _make({name: prediction}, y, ood_by_name, groups, labels, title, notes, settings, {})
     return replace(made, diagnostics=shown)
 
 
@@ -467,6 +476,7 @@ def compare(
     *,
     ood: Mapping[str, Predictive] | None = None,
     groups: Any = None,
+    fit_seconds: Mapping[str, float] | None = None,
     title: str | None = None,
     notes: Mapping[str, Any] | None = None,
     interval: float = 0.95,
@@ -487,6 +497,9 @@ def compare(
         Their labels or targets; rows that neither training nor recalibration has seen.
     ood : dict of the same keys, optional
         Predictive distributions of inputs from elsewhere, the same for all methods.
+    fit_seconds : dict of str to float, optional
+        Seconds that each method took to fit; they decide between methods that the score cannot
+        tell apart.
     groups, title, notes, interval, n_resamples, random_state
         As for :func:`report`.
 
@@ -533,7 +546,8 @@ def compare(
     settings = Resampling(interval, n_resamples, random_state)
     by_name = {str(name): p for name, p in predictions.items()}
     ood_by_name = None if ood is None else {str(name): p for name, p in ood.items()}
-    return _make(by_name, y, ood_by_name, groups, names, title, notes, settings)
+    seconds = _checked_seconds(fit_seconds or {}, by_name)
+    return _make(by_name, y, ood_by_name, groups, names, title, notes, settings, seconds)
 
 
 def _make(
@@ -545,6 +559,7 @@ def _make(
     title: str | None,
     notes: Mapping[str, Any] | None,
     settings: Resampling,
+    seconds: Mapping[str, float],
 ) -> Report:
     where = next(iter(names.values())).where
     settings.check(where)
@@ -572,14 +587,17 @@ def _make(
         name: MethodReport(verdicts(r, e, baseline), e, curves[name])
         for (name, r), e in zip(rows.items(), found, strict=True)
     }
-    by_group, faults = group_reports(rows, groupings, settings)
+    by_group, tests = group_reports(rows, groupings, settings)
     by_output, more = outputs_as_groups(rows, settings)
+    by_method = {name: m.estimates for name, m in methods.items()}
+    faults = {name: fault(r, by_method[name]) for name, r in rows.items()}
+    order = ranking(by_method, compared, faults, seconds)
     return Report(
         title=title or f"Predictive uncertainty: {', '.join(methods)}",
         task="classification" if classification else "regression",
         n=len(first.y),
         n_ood=n_ood,
-        summary=summary({name: m.estimates for name, m in methods.items()}),
+        summary=summary(by_method),
         sections={
             name: [Definition(d.name, d.label, d.definition, d.better) for d in metrics]
             for name, metrics in sections.items()
@@ -588,11 +606,24 @@ def _make(
         baseline=baseline,
         differences=compared,
         groups=by_group + by_output,
-        group_findings=group_findings(faults + more),
+        group_findings=group_findings(tests + more),
         resampling=settings,
         notes=dict(notes or {}),
         versions=_versions(),
+        ranking=order,
+        recommendation=recommendation(order, by_method, baseline),
     )
+
+
+def _checked_seconds(seconds: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    found = {str(name): float(value) for name, value in seconds.items()}
+    unknown = sorted(set(found) - set(names))
+    if unknown or not all(value >= 0 for value in found.values()):
+        raise ParameterError(
+            f"compare: fit_seconds must be numbers from 0 on by the names of predictions, got "
+            f"{dict(seconds)!r:.80}."
+        )
+    return found
 
 
 def _diagnostic_texts(diagnostics: Any) -> dict[str, Any]:
@@ -744,6 +775,12 @@ def _estimates(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
         metric: Estimate(**{**e, **{k: _float(e[k]) for k in numbers}})
         for metric, e in data.items()
     }
+
+
+def _standing(data: Mapping[str, Any]) -> Standing:
+    numbers = ("value", "low", "high", "behind", "behind_low", "behind_high")
+    seconds = None if data["seconds"] is None else float(data["seconds"])
+    return Standing(**{**data, **{k: _float(data[k]) for k in numbers}, "seconds": seconds})
 
 
 def _definition(data: Mapping[str, str]) -> Definition:

@@ -54,22 +54,19 @@ def verdicts(
     return said | {"comparison": _against_baseline(rows, found, baseline)}
 
 
-def summary(estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """Which method has the best log score, and which cannot be told from it; "" for one method."""
-    if len(estimates) == 1:
-        return ""
-    metric = "negative_log_likelihood"
-    known = [name for name, e in estimates.items() if not np.isnan(e[metric].value)]
-    if len(known) < len(estimates):
-        metric = "crps"
-    scores = {name: e[metric] for name, e in estimates.items()}
-    best = [name for name, e in scores.items() if e.standing == "best"]
-    tied = [name for name, e in scores.items() if e.standing == "tied"]
-    label, unit = ("log score", " nats") if metric != "crps" else ("CRPS", "")
-    if not best:  # all are equal
-        return f"The {label} is the same for all: {next(iter(scores.values())).value:.4g}{unit}."
-    said = f"Best {label}: {', '.join(best)} ({scores[best[0]].value:.4g}{unit})"
-    return f"{said}; not distinguishable from it: {', '.join(tied)}." if tied else f"{said}."
+def fault(rows: Rows, found: Mapping[str, Estimate]) -> str:
+    """What is wrong with the calibration beyond chance, in few words; "" for nothing."""
+    if isinstance(rows, RegressionRows):
+        off = _off_levels(rows, found)
+        if not off:
+            return ""
+        _, level, share = max(off)
+        return "intervals too narrow" if share < level else "intervals too wide"
+    if confidence_p_value(rows) < RISK:
+        gap = float((rows.confidence - rows.correct).mean())
+        return "over-confident" if gap > 0 else "under-confident"
+    p_value = found["expected_calibration_error"].p_value
+    return "off at some levels" if p_value is not None and p_value < RISK else ""
 
 
 def group_findings(tests: Sequence[GroupTest]) -> list[str]:
@@ -108,14 +105,13 @@ def _confidence(rows: ClassificationRows, found: Mapping[str, Estimate]) -> str:
     tested = f"ECE {e.value:.3f}"
     if e.limit is not None:  # one row alone tests nothing
         tested += f", a calibrated method stays below {e.limit:.3f}"
-    if confidence_p_value(rows) < RISK:
-        finding = "over-confident" if gap > 0 else "under-confident"
+    finding = fault(rows, found)
+    if finding.endswith("confident"):
         return f"{_graded(finding, gap)}: {numbers} ({tested})."
-    p_value = 1.0 if e.p_value is None else e.p_value
-    if p_value < RISK:
+    if finding and e.p_value is not None:
         return (
             f"Confidence is right on average ({numbers}), but not at every level: {tested} "
-            f"(p {_p(p_value)})."
+            f"(p {_p(e.p_value)})."
         )
     few = f", but {_few(len(p))}" if len(p) < _FEW else ""
     matches = "Confidence matches accuracy" if not few else "Nothing against the confidence"
@@ -161,20 +157,30 @@ def _error(found: Mapping[str, Estimate], baseline: Mapping[str, float]) -> str:
 def _coverage(rows: RegressionRows, found: Mapping[str, Estimate]) -> str:
     """Judge the 90 % intervals, or the level that is farthest off if those are right."""
     n = len(rows.pit)
-    held = {level: found[coverage_metric(level).name].value for level in COVERAGES}
-    off = []
-    for level, share in held.items():  # each is allowed a quarter of the risk of a false alarm
-        (low,), (high,) = binomial_band(np.array([n]), np.array([level]), risk=RISK / len(held))
-        if not low <= share <= high:
-            distance = abs(share - level) / np.sqrt(level * (1 - level))
-            off.append((np.inf if level == 0.9 else distance, level, share))
+    off = _off_levels(rows, found)
     if not off:
+        held = _holds(0.9, found[coverage_metric(0.9).name].value)
         if n < _FEW:
-            return f"{_holds(0.9, held[0.9])}: nothing against it, but {_few(n)}."
-        return f"{_holds(0.9, held[0.9])}: within chance of right, like the other levels."
+            return f"{held}: nothing against it, but {_few(n)}."
+        return f"{held}: within chance of right, like the other levels."
     _, level, share = max(off)
     finding = _graded("too narrow" if share < level else "too wide", share - level).lower()
     return f"{_holds(level, share)}: {finding}."
+
+
+def _off_levels(
+    rows: RegressionRows, found: Mapping[str, Estimate]
+) -> list[tuple[float, float, float]]:
+    """Levels whose intervals hold a share beyond chance: rank, level and share; 90 % goes first."""
+    off = []
+    for level in COVERAGES:  # each is allowed a part of the risk of a false alarm
+        share = found[coverage_metric(level).name].value
+        n = np.array([len(rows.pit)])
+        (low,), (high,) = binomial_band(n, np.array([level]), risk=RISK / len(COVERAGES))
+        if not low <= share <= high:
+            distance = abs(share - level) / math.sqrt(level * (1 - level))
+            off.append((math.inf if level == 0.9 else distance, level, share))
+    return off
 
 
 def _holds(level: float, share: float) -> str:

@@ -93,7 +93,6 @@ def compare(args: argparse.Namespace) -> None:
         "rows to fit": len(y_train),
         "held-out rows": len(y_test),
         "seed": args.seed,
-        "seconds to fit": fit_seconds,
         "seconds to predict": predict_seconds,
         **({} if ood is None else {"out of distribution": args.ood or data.ood_name}),
     }
@@ -102,6 +101,7 @@ def compare(args: argparse.Namespace) -> None:
         y_test.to_numpy(),
         ood=ood_dists or None,
         groups=None if groups is None else groups.loc[y_test.index],
+        fit_seconds=fit_seconds,
         title=data.name,
         notes=notes,
     )
