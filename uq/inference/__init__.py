@@ -48,7 +48,8 @@ from uq.inference.smc import DataSchedule, SMCResult, SMCSampler
 from uq.inference.smc_moves import HMC, RandomWalk
 from uq.inference.ssvi import SSVI, account, removal_score
 from uq.inference.ssvi_posterior import SparseNormalGuide, SparsePosterior
-from uq.inference.training import TrainingState, train
+from uq.inference.tensorboard import TensorBoardCallback
+from uq.inference.training import TrainingState, TrainingStep, train
 from uq.inference.vbll import post_train
 
 __all__ = [
@@ -85,7 +86,9 @@ __all__ = [
     "SamplerWarning",
     "SparseNormalGuide",
     "SparsePosterior",
+    "TensorBoardCallback",
     "TrainingState",
+    "TrainingStep",
     "WidthPrior",
     "account",
     "distance_cdfs",

@@ -59,8 +59,30 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
+class TrainingStep:
+    """What ``callback.on_step_end(step)`` sees after each step of the optimizer.
+
+    What it returns is ignored.
+    """
+
+    epoch: int
+    """The running one, from 1."""
+    step: int
+    """Steps done, from 1."""
+    loss: Tensor
+    """Objective of the batch before the step, in nats per row, 0-d; on a GPU ``float(loss)`` waits
+    for it."""
+    module: nn.Module
+    """The objective being trained."""
+
+
+@dataclass(frozen=True)
 class TrainingState:
-    """What a callback sees after each epoch; returning True from it stops training."""
+    """What a callback sees after each epoch; returning True from it stops training.
+
+    A callback that has a method ``on_step_end`` is told of each :class:`TrainingStep`, too. Fits
+    without epochs (a closed form, no fine-tuning, the sampling that follows training) call none.
+    """
 
     epoch: int
     """Epochs done, from 1."""
@@ -76,9 +98,8 @@ class TrainingState:
 class TrainingResult:
     """How training went."""
 
-    history: dict[str, list[float]] = field(
-        default_factory=lambda: {"train_loss": [], "held_out_loss": []}
-    )
+    history: dict[str, list[float]] = field(default_factory=lambda: {"train_loss": []})
+    """One value an epoch; "held_out_loss", too, where rows are held out."""
     stop_reason: str = "max_epochs"
     """"max_epochs", "patience", "callback", "interrupted" or "non_finite"."""
     best_epoch: int = 0
@@ -261,7 +282,8 @@ def train(
     extra_state : sequence of Tensor
         Tensors beside the objective's that belong to the best epoch (IVON's curvature).
     callbacks : sequence of callable
-        Called with a :class:`TrainingState` after each epoch; True stops.
+        Called with a :class:`TrainingState` after each epoch; True stops. Their ``on_step_end``,
+        where there is one, is called with a :class:`TrainingStep` after each step.
     checkpoint : Stage, optional
         Where to write the state now and then, and to go on from. Training that resumes ends with
         the bits that it would have had; callbacks see only the epochs that are run.
@@ -289,6 +311,9 @@ def train(
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     result = TrainingResult()
+    if held_out_loss is not None:
+        result.history["held_out_loss"] = []
+    on_step_end = [c.on_step_end for c in callbacks if hasattr(c, "on_step_end")]
     at = _Position()
     saved = None
     if checkpoint is not None:
@@ -344,6 +369,8 @@ def train(
                         at.losses.append(first_step(use_threads))
                         started = True
                     at.step += 1
+                    for tell in on_step_end:
+                        tell(TrainingStep(epoch + 1, at.step, at.losses[-1], objective))
                     if saved is not None and (stop.asked or saved.stage.due()):
                         saved.save(at, best, result)
                     obey(stop, description)

@@ -46,6 +46,7 @@ patience : int, "auto" or None, default={patience}
         draws one from NumPy's global generator, as scikit-learn does.
     callbacks : sequence of callable, default=()
         Called with a :class:`uq.inference.TrainingState` after each epoch; True stops.
+        :class:`uq.inference.TensorBoardCallback` is one.
     checkpoint_dir : str or Path, optional
         Folder for checkpoints, from which ``fit(..., resume=True)`` goes on after a kill.
     checkpoint_every : int or str, default="30s"
@@ -57,7 +58,8 @@ _ATTRIBUTES = """\
 posterior_ : uq.inference.Posterior
         What was inferred; callable on a tensor of (standardised) inputs.
     history_ : dict of list
-        "train_loss" and "held_out_loss" of each epoch, in nats per row (standardised targets).
+        "train_loss" and, where rows are held out, "held_out_loss" of each epoch, in nats per row
+        (standardised targets); ``pandas.DataFrame(history_)`` is a table of them.
     stop_reason_ : str
         "max_epochs", "patience", "callback", "interrupted" or "non_finite".
     n_epochs_ : int
