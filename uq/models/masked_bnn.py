@@ -323,21 +323,23 @@ _FEATURES = """
         Mask the inputs, too; every number of active features is as likely as any other."""
 
 _FITTED = """\
-n_chains_, n_draws_ : int
-        Chains held, and draws of each.
-    widths_ : ndarray of shape (n_chains_, n_draws_, n_hidden)
+n_chains_ : int
+        Chains held.
+    n_draws_ : int
+        Draws of each.
+    widths_ : ndarray of shape (n_chains, n_draws, n_hidden)
         Active nodes of each hidden layer in each draw. Which nodes they are means nothing: nodes
         can be exchanged.
     inclusion_ : ndarray of shape (n_features,)
         Posterior probability of each feature to be active; 1 without ``select_features``.
     sample_stats_ : dict of ndarray
-        Of each draw, (n_chains_, n_draws_), by ArviZ's names: "lp", "log_likelihood",
+        Of each draw, ``(n_chains_, n_draws_)``, by ArviZ's names: "lp", "log_likelihood",
         "acceptance_rate", "mask_acceptance_rate", "diverging", "step_size", "n_steps". Empty where
         an interrupt came before sampling.
     diagnostics_ : dict of ndarray
-        Of each transition from the first on, (n_chains_, transitions): "acceptance_rate",
+        Of each transition from the first on, ``(n_chains_, transitions)``: "acceptance_rate",
         "mask_acceptance_rate", "diverging", "log_likelihood", "step_size"; and "width"
-        (n_chains_, transitions, n_groups), of the features first where they are selected."""
+        ``(n_chains_, transitions, n_groups)``, of the features first where they are selected."""
 
 _NOTES = """\
 Warns

@@ -52,7 +52,7 @@ _FITTED = """\
 n_chains_ : int
         Chains held.
     sample_stats_ : dict of ndarray
-        Sampler statistics of each draw, (n_chains_, n_draws), by ArviZ's names: "lp",
+        Sampler statistics of each draw, ``(n_chains_, n_draws)``, by ArviZ's names: "lp",
         "acceptance_rate", "n_steps", "diverging", "energy", "step_size",
         "reached_max_treedepth". Empty where an interrupt came before the end of warm-up."""
 
