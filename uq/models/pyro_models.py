@@ -260,9 +260,10 @@ model : callable
     n_chains_ : int
         Chains held; 1 for a guide.
     sample_stats_ : dict of ndarray
-        "diverging", "acceptance_rate" (n_chains_, n_draws), where the kernel tells them.
+        "diverging", "acceptance_rate", ``(n_chains_, n_draws)``, where the kernel tells them.
     history_, stop_reason_, n_epochs_
         As for the other estimators, of variational inference.
+    {classes}
 
     Notes
     -----
@@ -316,8 +317,6 @@ class PyroClassifier(_PyroModel, Classifier):
     Parameters
     ----------
     {all}
-    classes_ : ndarray of shape (n_classes,)
-        Labels; the model observes their positions, as floats where there are two (Bernoulli).
 
     Examples
     --------
@@ -340,5 +339,10 @@ class PyroClassifier(_PyroModel, Classifier):
         return y.to(self._dtype) if len(self.classes_) == 2 else y
 
 
-for _cls in (PyroClassifier, PyroRegressor):
-    _cls.__doc__ = (_cls.__doc__ or "").replace("{all}", _PARAMETERS)
+_CLASSES = """\
+classes_ : ndarray of shape (n_classes,)
+        Labels; the model observes their positions, as floats where there are two (Bernoulli)."""
+
+for _cls, _own in ((PyroClassifier, _CLASSES), (PyroRegressor, "")):
+    _filled = _PARAMETERS.replace("    {classes}\n", f"    {_own}\n" if _own else "")
+    _cls.__doc__ = (_cls.__doc__ or "").replace("{all}", _filled)
