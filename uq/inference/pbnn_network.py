@@ -143,7 +143,7 @@ class ParticleNetwork(nn.Module):
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def unflatten(self, phi: Tensor) -> Weights:
-        """Particles (S, D) as named tensors (S, *shape)."""
+        """Particles (S, D) as named tensors ``(S, *shape)``."""
         parts = phi.split(self.sizes, -1)
         return {
             name: part.reshape(-1, *shape)

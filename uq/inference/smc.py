@@ -141,7 +141,7 @@ class SMCSampler:
     Parameters
     ----------
     sample_prior : callable
-        ``sample_prior(shape, generator)`` gives prior draws of shape (*shape, D).
+        ``sample_prior(shape, generator)`` gives prior draws of shape ``(*shape, D)``.
     log_prior : callable
         Maps (R, S, D) to log prior densities (R, S).
     log_likelihood : callable

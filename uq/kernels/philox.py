@@ -111,7 +111,7 @@ def normal(
 
     Returns
     -------
-    Tensor of shape (samples, *shape), or shape
+    Tensor of shape ``(samples, *shape)``, or ``shape``
 
     Raises
     ------

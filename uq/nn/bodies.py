@@ -98,7 +98,7 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(channels[-1] * height * width, d_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (n, *in_shape) to outputs (n, d_out)."""
+        """Map images ``(n, *in_shape)`` to outputs (n, d_out)."""
         if self._add_channel:
             x = x.unsqueeze(1)
         out: Tensor = self.head(self.features(x))
