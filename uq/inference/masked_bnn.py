@@ -227,7 +227,7 @@ class MaskedMoves:
     max_flips : int, default=3
         A mask move flips 1 to this many nodes; set probabilities cost its factorial.
     death, birth : {"small", "informed", "uniform"}
-        Weights of the nodes in either direction; see :func:`proposal_log_weights`.
+        Weights of the nodes in either direction; see ``proposal_log_weights``.
     """
 
     n_leapfrog: int = 20

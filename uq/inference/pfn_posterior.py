@@ -1,6 +1,6 @@
 """Prediction with a prior-data fitted network: the context, and views of it that are averaged.
 
-A network answers for a table of at most so many columns and classes. :class:`PFNPosterior` holds a
+A network answers for a table of at most so many columns and classes. ``PFNPosterior`` holds a
 context of any size and asks the network about views of it:
 
 * where there are too many columns, their leading principal components; up to twice as many, a

@@ -1,7 +1,7 @@
 """Posteriors: what a method inferred, callable on a tensor.
 
 ``posterior(x)`` gives the predictive distribution at the rows of ``x``. Two kinds: a distribution
-over all weights, predicted by Monte Carlo over stacked weight draws (:func:`monte_carlo`), and a
+over all weights, predicted by Monte Carlo over stacked weight draws (``monte_carlo``), and a
 Bayesian last layer on features, predicted in closed form.
 """
 

@@ -232,7 +232,7 @@ class SMCSampler:
 
     @classmethod
     def from_pyro(cls, model: Callable[..., Any], *args: Any, **settings: Any) -> SMCSampler:
-        """Build a sampler for a Pyro model; see :func:`uq.inference.smc_pyro.pyro_densities`.
+        """Build a sampler for a Pyro model; see ``uq.inference.smc_pyro.pyro_densities``.
 
         Parameters
         ----------

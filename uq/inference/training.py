@@ -268,7 +268,7 @@ def train(
     optimizer : Optimizer
         Over the parameters of ``objective``.
     fabric : Fabric
-        From :func:`make_fabric`.
+        From ``make_fabric``.
     max_epochs : int
         Passes over the data.
     schedule : callable, optional

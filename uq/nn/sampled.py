@@ -3,7 +3,7 @@
 :func:`sampled_network` copies a network (its tensors are shared), with each ``Linear`` replaced by
 a layer that draws its weights where they are multiplied (:func:`uq.kernels.sampled_linear`). What a
 draw of the copy takes by name is then a number for each such layer, the draw's, and values of the
-remaining parameters: :func:`uq.inference.posterior.monte_carlo` runs it like any other network.
+remaining parameters: ``uq.inference.posterior.monte_carlo`` runs it like any other network.
 """
 
 from __future__ import annotations
