@@ -95,7 +95,8 @@ def load(path: str | Path, *, module: Any = None) -> Any:
     -------
     estimator
         Fitted; it predicts the same bits as the one saved. ``callbacks`` are not stored, and
-        neither are a ``random_state`` other than an integer and a ``cv`` that is a splitter.
+        neither are a ``random_state`` other than an integer and a ``cv`` that is a splitter. The
+        ``prior`` of a PFN is not taken from the file where it is a path: to fit anew, give it.
 
     Raises
     ------
@@ -146,6 +147,8 @@ class _Writer(PlainWriter):
     """Encodes a model as JSON whose tensors are set aside."""
 
     def encode_other(self, value: Any, where: str) -> Any:
+        if isinstance(value, Path):
+            return str(value)
         if isinstance(value, nn.Module):
             state = value.state_dict()
             return {"module": {k: self.store(t, f"{where}.{k}") for k, t in state.items()}}

@@ -68,8 +68,10 @@ class TableStream:
             raise ParameterError(
                 f"TableStream: chunk_rows must be an integer >= 2, got {chunk_rows!r}."
             )
-        self.path, self.target, self.chunk_rows = Path(path), target, chunk_rows
-        self.is_parquet = self.path.is_dir() or table_kind(self.path) == "parquet"
+        self.path: Path = Path(path)
+        self.target: str | None = target
+        self.chunk_rows: int = chunk_rows
+        self.is_parquet: bool = self.path.is_dir() or table_kind(self.path) == "parquet"
         if target is not None:
             split_target(self._head(), target)
 

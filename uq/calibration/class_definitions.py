@@ -8,6 +8,7 @@ import numpy as np
 
 from uq.calibration.definitions import (
     MeanMetric,
+    Metric,
     OneHot,
     RankMetric,
     binned,
@@ -309,7 +310,7 @@ def accuracy_at_metric(coverage: float) -> RankMetric:
 
 
 # Reports show the metrics in these sections and in this order.
-CLASSIFICATION = {
+CLASSIFICATION: dict[str, tuple[Metric, ...]] = {
     "accuracy": (NLL, BRIER, ACCURACY),
     "calibration": (
         ece_metric(),

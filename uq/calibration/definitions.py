@@ -166,8 +166,9 @@ class OneHot:
     """
 
     def __init__(self, bins: NDArray[np.int64], n_bins: int, values: Sequence[Any]) -> None:
-        self.bins, self.n_bins = bins, n_bins
-        self.values = [np.broadcast_to(v, bins.shape) for v in values]
+        self.bins: NDArray[np.int64] = bins
+        self.n_bins: int = n_bins
+        self.values: list[NDArray[Any]] = [np.broadcast_to(v, bins.shape) for v in values]
 
     def sums(self, weights: Floats) -> Floats:
         """Sums (R, columns) under ``weights`` (R, n)."""

@@ -14,7 +14,7 @@ left on either side, s is 1 plus the distance from them in units of their total 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,9 +44,9 @@ class DensityCells:
 
     def __init__(self, dist: RealPredictive) -> None:
         edges = _even_edges(dist)
-        self.edges = np.ascontiguousarray(edges.cpu().numpy().T)  # (n, P + 1)
-        self.mass = np.diff(_cdf(dist, edges).cpu().numpy().T).clip(0)  # (n, P)
-        self.width = np.diff(self.edges)
+        self.edges: NDArray[Any] = np.ascontiguousarray(edges.cpu().numpy().T)  # (n, P + 1)
+        self.mass: NDArray[Any] = np.diff(_cdf(dist, edges).cpu().numpy().T).clip(0)  # (n, P)
+        self.width: NDArray[Any] = np.diff(self.edges)
         if not (self._span > 0).all():
             raise DataError(
                 "score='density': the predictive distribution of a row is a single point to "
@@ -60,13 +60,15 @@ class DensityCells:
         outwards = np.argsort(np.abs(np.arange(n_cells) - (n_cells - 1) / 2), kind="stable")
         order = outwards[np.argsort(-log_density[:, outwards], axis=1, kind="stable")]
         taken = np.take_along_axis(self.mass, order, 1)
-        self.before = np.empty_like(self.mass)
+        self.before: NDArray[Any] = np.empty_like(self.mass)
         np.put_along_axis(self.before, order, taken.cumsum(1) - taken, 1)
 
         none = np.full((len(self.mass), 1), -np.inf)
         left = np.concatenate([none, log_density[:, :-1]], 1)
         right = np.concatenate([log_density[:, 1:], none], 1)
-        self.from_left = np.where(left == right, np.arange(n_cells) >= n_cells / 2, left > right)
+        self.from_left: NDArray[Any] = np.where(
+            left == right, np.arange(n_cells) >= n_cells / 2, left > right
+        )
 
     @property
     def _span(self) -> Floats:

@@ -9,6 +9,7 @@ import numpy as np
 from uq.calibration.class_definitions import NLL
 from uq.calibration.definitions import (
     MeanMetric,
+    Metric,
     OneHot,
     RankMetric,
     equal_mass_bins,
@@ -285,7 +286,7 @@ def rmse_at_metric(coverage: float) -> RankMetric:
 
 
 # Reports show the metrics in these sections and in this order.
-REGRESSION = {
+REGRESSION: dict[str, tuple[Metric, ...]] = {
     "accuracy": (NLL, CRPS, RMSE, MAE, interval_score_metric(0.9)),
     "calibration": (QUANTILE_ERROR, ence_metric(), *map(coverage_metric, COVERAGES)),
     "sharpness": (

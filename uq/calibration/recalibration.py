@@ -309,7 +309,8 @@ def _check_class_predictive(where: str, dist: object) -> None:
 
 def log_probs(dist: ClassPredictive) -> Tensor:
     """Log probabilities of each draw, shape (S, n, K)."""
-    log_p: Tensor = dist.draws.logits
+    draws: Any = dist.draws  # Categorical
+    log_p: Tensor = draws.logits
     return log_p.clamp_min(_FLOOR)
 
 

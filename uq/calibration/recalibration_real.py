@@ -101,7 +101,7 @@ class VarianceScaling(Recalibrator):
             )
         self.scale_ = np.sqrt(z2)  # exact for one Normal, a start for mixtures
         if dist.n_draws > 1:
-            each = rows.prediction
+            each: Any = rows.prediction  # NormalMixture, as dist
             outputs = (
                 [each.output(j) for j in range(rows.y.shape[1])] if dist.loc.ndim > 2 else [each]
             )

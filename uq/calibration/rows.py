@@ -51,14 +51,15 @@ class ClassificationRows:
             if len(prediction.batch_shape) != 1:
                 raise _wrong_shape(names, "(n,)", prediction)
             self.prediction: ClassPredictive | None = prediction
-            self.probs, self.classes = as_array(prediction.probs), prediction.classes
+            self.probs: NDArray[Any] = as_array(prediction.probs)
+            self.classes: NDArray[Any] = prediction.classes
             check_finite_rows(f"{names.where}: {names.prediction}.probs", self.probs.sum(1))
         else:
             self.prediction = None
             self.probs, self.classes = _probabilities(names, prediction)
         labels = _regular(f"{names.where}: {names.y}", y_true)
         labels = _match(names, labels, self.probs.shape[:1])
-        self.y = _positions(names, labels, self.classes)
+        self.y: NDArray[np.int64] = _positions(names, labels, self.classes)
 
     @cached_property
     def neg_log(self) -> NDArray[np.float64]:
@@ -150,8 +151,8 @@ class RegressionRows:
             raise _wrong_shape(names, "(n,) or (n, m)", prediction)
         y = _match(names, _numbers(f"{names.where}: {names.y}", y_true), shape)
         check_finite_rows(f"{names.where}: {names.y}", y)
-        self.y = y.reshape(len(y), -1)  # (n, m)
-        self.prediction = prediction.marginal().double()
+        self.y: NDArray[Any] = y.reshape(len(y), -1)  # (n, m)
+        self.prediction: RealPredictive = prediction.marginal().double()
         self._quantiles: dict[float, NDArray[np.float64]] = {}
         self._y = torch.as_tensor(y, device=self.prediction.mean.device)
         check_finite_rows(f"{names.where}: {names.prediction}.mean", as_array(self.prediction.mean))

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, Self
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -27,7 +26,7 @@ from uq.distributions.bar_functions import (
     bar_loss,
     bucket_of,
 )
-from uq.distributions.base import RealPredictive, check_levels
+from uq.distributions.base import RealPredictive, TorchDistribution, check_levels
 from uq.errors import DataError, NoEpistemicError, ParameterError
 
 __all__ = ["BORDER_RULES", "BarDistribution", "BorderRule", "bar_borders", "bar_loss"]
@@ -88,7 +87,9 @@ class BarDistribution(RealPredictive):
         if validate_args is not False:
             _check(logits, borders)
         self.logits = logits
-        self.borders = borders.detach().double().expand(*logits.shape[:-1], borders.shape[-1])
+        self.borders: Tensor = (
+            borders.detach().double().expand(*logits.shape[:-1], borders.shape[-1])
+        )
         self._event_dim = event_dim
         shape = logits.shape[:-1]
         cut = len(shape) - event_dim

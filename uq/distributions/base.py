@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -17,6 +16,11 @@ from uq.errors import DataError, NoEpistemicError, ParameterError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    # Pyro has no types; to a type checker its distributions are torch's.
+    from torch.distributions import Distribution as TorchDistribution
+else:
+    from pyro.distributions import TorchDistribution
 
 # Elements that one pass over (draws, rows) touches at a time: fits the L2 cache, so that a chain of
 # elementwise operations is not paid in memory traffic.

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from pyro.distributions import Categorical, TorchDistribution
+from pyro.distributions import Categorical
 from torch import Tensor
 
-from uq.distributions.base import ClassPredictive
+from uq.distributions.base import ClassPredictive, TorchDistribution
 from uq.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class CategoricalMixture(ClassPredictive):
                 "CategoricalMixture: logits need shape (n_draws, …, n_classes), "
                 f"got {tuple(logits.shape)}."
             )
-        self.logits = torch.log_softmax(logits, -1)
+        self.logits: Tensor = torch.log_softmax(logits, -1)
         if validate_args is not False and bool(self.logits.isnan().any()):
             raise DataError("CategoricalMixture: logits hold NaN or a row of -inf only.")
         self.classes = np.arange(logits.shape[-1]) if classes is None else np.asarray(classes)

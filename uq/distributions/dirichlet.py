@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from pyro.distributions import Categorical, Dirichlet, TorchDistribution
+from pyro.distributions import Categorical, Dirichlet
 from torch import Tensor
 
-from uq.distributions.base import ClassPredictive
+from uq.distributions.base import ClassPredictive, TorchDistribution
 from uq.errors import DataError, ParameterError
 
 if TYPE_CHECKING:

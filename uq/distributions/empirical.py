@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from uq.distributions.base import RealPredictive, check_levels
+from uq.distributions.base import RealPredictive, TorchDistribution, check_levels
 from uq.distributions.sample_scores import check_draws, not_finite, sample_crps
 from uq.errors import NoEpistemicError
 
@@ -71,7 +70,7 @@ class Empirical(RealPredictive):
         validate_args: bool | None = None,
     ) -> None:
         values = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
-        self.values = values if values.is_floating_point() else values.to(torch.float64)
+        self.values: Tensor = values if values.is_floating_point() else values.to(torch.float64)
         if validate_args is not False:
             check_draws("Empirical", tuple(self.values.shape))
             if not bool(self.values.isfinite().all()):

@@ -7,13 +7,12 @@ from functools import cached_property
 from typing import Any, Self
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch import distributions as td
 from torch.distributions import constraints
 
 from uq.distributions import families, numeric
-from uq.distributions.base import RealPredictive, check_levels
+from uq.distributions.base import RealPredictive, TorchDistribution, check_levels
 from uq.distributions.rebuilding import Function, rebuild, structure
 from uq.errors import DataError, ParameterError
 from uq.threads import process_state
@@ -97,7 +96,7 @@ class Parametric(RealPredictive):
             share = share.expand(base.batch_shape)
             if validate_args is not False and not bool(((share >= 0) & (share < 1)).all()):
                 raise ParameterError("Parametric: epistemic_share must lie in [0, 1).")
-        self.base = base
+        self.base: Any = base
         self.epistemic_share = share
         self._event_dim = event_dim
         cut = len(base.batch_shape) - event_dim

@@ -23,10 +23,9 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from uq.distributions.base import RealPredictive, check_levels
+from uq.distributions.base import RealPredictive, TorchDistribution, check_levels
 from uq.errors import DataError, ParameterError
 
 # Levels are kept where a float64 tells them from 0 and 1.
@@ -93,6 +92,8 @@ class Recalibrated(RealPredictive):
                 f"density, got a {type(base).__name__}."
             )
         self.base = base
+        self.levels: Tensor
+        self.recalibrated: Tensor
         self.levels, self.recalibrated = _check_map(levels, recalibrated)
         shape, n_maps = base.batch_shape + base.event_shape, len(self.levels)
         if n_maps > 1 and shape[-1:] != (n_maps,):

@@ -17,11 +17,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from pyro.distributions import Normal, TorchDistribution
+from pyro.distributions import Normal
 from torch import Tensor
 from torch.distributions import constraints
 
-from uq.distributions.base import CHUNK_ELEMENTS, RealPredictive, check_levels
+from uq.distributions.base import CHUNK_ELEMENTS, RealPredictive, TorchDistribution, check_levels
 from uq.errors import DataError, ParameterError
 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -102,8 +102,10 @@ class NormalMixture(RealPredictive):
                 f"NormalMixture: loc needs a leading axis of draws, got shape {tuple(loc.shape)}."
             )
         self.loc = loc
-        self.scale = scale.expand_as(loc)
-        self.epistemic_scale = None if epistemic_scale is None else epistemic_scale.expand_as(loc)
+        self.scale: Tensor = scale.expand_as(loc)
+        self.epistemic_scale: Tensor | None = (
+            None if epistemic_scale is None else epistemic_scale.expand_as(loc)
+        )
         if validate_args is not False:
             _check_parameters(self.loc, self.scale, self.epistemic_scale)
         self._event_dim = event_dim

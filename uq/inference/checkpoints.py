@@ -220,13 +220,15 @@ class Checkpoints:
     def __init__(
         self, folder: str | Path, every: int | str, *, resume: bool, run: dict[str, Any]
     ) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
+        self.epochs: int | None
+        self.seconds: float | None
         self.epochs, self.seconds = _interval(every)
         self._n_stages = 0
         self.folder.mkdir(parents=True, exist_ok=True)
         there = read_run(self.folder)
         if there is None:
-            self.run = run
+            self.run: dict[str, Any] = run
             write_atomically(
                 {self.folder / _RUN: json.dumps(run, indent=1, allow_nan=False).encode()}
             )

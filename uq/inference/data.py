@@ -39,8 +39,8 @@ class ArrayBatches:
         self, *tensors: Tensor, batch_size: int | None, generator: torch.Generator
     ) -> None:
         self.tensors = tensors
-        self.n_rows = len(tensors[0])
-        self.batch_size = min(batch_size or self.n_rows, self.n_rows)
+        self.n_rows: int = len(tensors[0])
+        self.batch_size: int = min(batch_size or self.n_rows, self.n_rows)
         self.generator = generator
 
     def shuffled_by(self, generator: torch.Generator) -> ArrayBatches:
@@ -135,9 +135,12 @@ class ChunkBatches:
         batch_size: int,
         seed: int,
     ) -> None:
-        self.source, self.prepare, self.n_rows = source, prepare, n_rows
-        self.batch_size = min(batch_size, n_rows)
-        self.seed, self.n_passes = seed, 0
+        self.source: RowChunks = source
+        self.prepare = prepare
+        self.n_rows: int = n_rows
+        self.batch_size: int = min(batch_size, n_rows)
+        self.seed: int = seed
+        self.n_passes = 0
 
     def __len__(self) -> int:
         # As in ArrayBatches, a last batch of one row joins another.

@@ -312,7 +312,7 @@ class ImplicitWeights(nn.Module):
                 "gradient vanishes in a wider noise, and a narrower one leaves it to rounding."
             )
         self._module = [module]  # in a list: its parameters are not this module's
-        self.layout = WeightLayout(module)
+        self.layout: WeightLayout = WeightLayout(module)
         if generator is None:
             generator = MatrixGenerator.for_layout(self.layout)
             start = {k: p.detach() for k, p in module.named_parameters()}
@@ -498,7 +498,7 @@ class ImplicitPosterior(WeightPosterior):
         **options: Any,
     ) -> None:
         super().__init__(network, seed)
-        self.q = ImplicitWeights(network, generator, sigma=sigma, **options)
+        self.q: ImplicitWeights = ImplicitWeights(network, generator, sigma=sigma, **options)
 
     def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
         """Draw z and ε, each draw from one noise vector of its own."""

@@ -36,13 +36,16 @@ class Block:
         sizes = [group.parameters[i].numel() for i in members]
         n = sum(sizes) if part is None else part.stop - part.start
         here = slice(start, start + n)
+        self.hess: Tensor
+        self.momentum: Tensor
+        self.kept: Tensor
         self.hess, self.momentum, self.kept = (
             group.hess[here],
             group.momentum[here],
             group.kept[here],
         )
         self.here = here
-        self.scratch = [vector[:n] for vector in group.scratch]
+        self.scratch: list[Tensor] = [vector[:n] for vector in group.scratch]
         self._gathered: list[tuple[Tensor, list[Tensor]]] = []
         if part is None:
             for vector in group.gathered:
@@ -79,11 +82,14 @@ class FlatGroup:
     def __init__(self, parameters: list[Tensor], init_hess: float) -> None:
         self.parameters = parameters
         like = parameters[0]
-        self.n = sum(p.numel() for p in parameters)
+        self.n: int = sum(p.numel() for p in parameters)
 
         def vector(n: int, fill: float = 0.0) -> Tensor:
             return torch.full((n,), fill, dtype=like.dtype, device=like.device)
 
+        self.hess: Tensor
+        self.momentum: Tensor
+        self.kept: Tensor
         self.hess, self.momentum, self.kept = (
             vector(self.n, init_hess),
             vector(self.n),
@@ -93,7 +99,8 @@ class FlatGroup:
         self.gathered: list[Tensor] = []
         self.blocks: list[Block] = []
         self._cut()
-        self.hess_views, self.momentum_views = self._views(self.hess), self._views(self.momentum)
+        self.hess_views: list[Tensor] = self._views(self.hess)
+        self.momentum_views: list[Tensor] = self._views(self.momentum)
         # Sums over the samples of a step of gradient and of noise × gradient, and their number;
         # only where a step has several samples, or several processes.
         self.sums: Tensor | None = None
@@ -102,7 +109,7 @@ class FlatGroup:
         # come anywhere, and the mean has to be found again.
         self.sampled = range(0)
         # Running mean of x² (see update), for the diagnostics.
-        self.squares = vector(1)[0]
+        self.squares: Tensor = vector(1)[0]
 
     def _cut(self) -> None:
         """Lay out the blocks and their scratch memory."""

@@ -115,7 +115,7 @@ class KernelGroup(FlatGroup):
             sums=(*self.sum_views(), self.n_summed) if grads is None else None,
             sampled=bool(self.sampled),
         )
-        self.sampled = range(0)
+        self.sampled: range = range(0)
         gain = (1 - group["beta2"]) * group["ess"]
         share = squares.sum() * (gain**2 / max(1, self.n))
         self.squares.lerp_(share, max(0.01, 1 / group["step"]))

@@ -50,8 +50,8 @@ class WidthPrior:
     def __init__(
         self, groups: Sequence[int], penalties: Sequence[float], floors: Sequence[int]
     ) -> None:
-        self.groups = list(groups)
-        self.tables = []
+        self.groups: list[int] = list(groups)
+        self.tables: list[Tensor] = []
         for width, penalty, floor in zip(groups, penalties, floors, strict=True):
             p = torch.arange(width + 1, dtype=torch.float64)
             log_p = (-penalty * p.square()).masked_fill(p < floor, -math.inf)
@@ -338,11 +338,11 @@ class StepSize:
 
     def restart(self, start: Tensor) -> None:
         """Begin anew at these step sizes, (C,)."""
-        self.center = start.log() + math.log(10)
-        self.log_step = start.log()
-        self.mean = torch.zeros_like(start)
-        self.error = torch.zeros_like(start)
-        self.t = 0
+        self.center: Tensor = start.log() + math.log(10)
+        self.log_step: Tensor = start.log()
+        self.mean: Tensor = torch.zeros_like(start)
+        self.error: Tensor = torch.zeros_like(start)
+        self.t: int = 0
 
     def update(self, acceptance: Tensor) -> Tensor:
         """Learn from a trajectory's acceptance probability; return the steps to try next."""

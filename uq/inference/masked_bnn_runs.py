@@ -148,9 +148,9 @@ class Scales:
     """
 
     def __init__(self, weights: Tensor) -> None:
-        self.squares = torch.zeros_like(weights, dtype=torch.float64)
-        self.count = torch.zeros_like(self.squares)
-        self.dtype = weights.dtype
+        self.squares: Tensor = torch.zeros_like(weights, dtype=torch.float64)
+        self.count: Tensor = torch.zeros_like(self.squares)
+        self.dtype: torch.dtype = weights.dtype
 
     def update(self, model: MaskedBNN, state: MaskedState) -> None:
         """Add the gradient at a state, where weights are active."""
@@ -358,19 +358,20 @@ class MaskedBNNKernel(MCMCKernel):
         generator: torch.Generator,
     ) -> None:
         self.target = model
-        self.start = state
-        self.moves = moves or MaskedMoves()
+        self.start: MaskedState = state
+        self.moves: MaskedMoves = moves or MaskedMoves()
         self.target_accept = target_accept
         self.generator = generator
-        self.model = None  # of a Pyro function there is none
+        self.model: None = None  # of a Pyro function there is none
         self.transforms: dict[str, Any] = {}
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Find first step sizes."""
-        self.n_warmup, self.t = warmup_steps, 0
-        self.step = first_step_size(self.target, self.start, self.generator)
-        self.adapt = StepSize(self.step, self.target_accept)
-        self.scales = Scales(self.start.weights)
+        self.n_warmup: int = warmup_steps
+        self.t: int = 0
+        self.step: Tensor = first_step_size(self.target, self.start, self.generator)
+        self.adapt: StepSize = StepSize(self.step, self.target_accept)
+        self.scales: Scales = Scales(self.start.weights)
         self.scale: Tensor | None = None
         self.moved: list[Moved] = []
 

@@ -74,7 +74,9 @@ class _ParticleObjective(nn.Module):
         uniform = torch.full((n_particles,), -math.log(n_particles), dtype=torch.float64)
         self.register_buffer("log_weights", uniform.to(like.device))
         # A network that is stochastic throughout still needs something for the optimiser.
-        self.anchor = None if network.psi() else nn.Parameter(torch.zeros((), device=like.device))
+        self.anchor: nn.Parameter | None = (
+            None if network.psi() else nn.Parameter(torch.zeros((), device=like.device))
+        )
         self.trace: dict[str, list[Tensor]] = {
             k: [] for k in ("ess", "unique_ancestors", "acceptance", "log_increments", "impossible")
         }
@@ -335,7 +337,7 @@ class SGSMC(_ParticleObjective):
             network, n_particles, prior_scale, ess_threshold, resampling, generator, weight_factor
         )
         self.gradient = gradient
-        self.kernel = RandomWalk(move_steps)
+        self.kernel: RandomWalk = RandomWalk(move_steps)
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Find the posterior given a batch; return the loss, in nats per row."""

@@ -122,12 +122,12 @@ class ParticleNetwork(nn.Module):
 
     def __init__(self, network: Network, names: list[str], max_memory_mb: float = 256) -> None:
         super().__init__()
-        self.network = network.eval()
+        self.network: Network = network.eval()
         self.names = names
         self.max_memory_mb = max_memory_mb
         own = dict(network.body.named_parameters())
         self.shapes = [own[name].shape for name in names]
-        self.sizes = [own[name].numel() for name in names]
+        self.sizes: list[int] = [own[name].numel() for name in names]
         for name in names:
             own[name].requires_grad_(False)
         self._plain = _is_plain(network.body, names)

@@ -63,10 +63,13 @@ class Expert:
         weight: Tensor | None = None,
         n_near: int | None = None,
     ) -> None:
-        self.network, self.x, self.y, self.weight = network, x, y, weight
-        self.n_near = None if n_near is None or n_near >= len(x) else n_near
+        self.network: PFN = network
+        self.x: Tensor = x
+        self.y: Tensor = y
+        self.weight: Tensor | None = weight
+        self.n_near: int | None = None if n_near is None or n_near >= len(x) else n_near
         tasks = self._tasks(x, y, weight)
-        self.scaling = PFNScaling.fit(*tasks[:2], network.config, tasks[2])
+        self.scaling: PFNScaling = PFNScaling.fit(*tasks[:2], network.config, tasks[2])
         self._cache: PFNCache | None = None
         if self.n_near is not None:
             self._points = self._standardised(x)
@@ -257,14 +260,16 @@ class PFNPosterior(Posterior):
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
-        self.body = nn.Identity() if body is None else body
+        self.body: nn.Module = nn.Identity() if body is None else body
         self.network = network
         gap = x.isnan()
         parts = {"x": torch.where(gap, 0.0, x), "gap": gap, "y": y, "weight": weight}
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
-        self.n_classes, self.n_views = n_classes, n_views
-        self.n_near, self.max_context = n_near, max_context
+        self.n_classes: int | None = n_classes
+        self.n_views: int = n_views
+        self.n_near: int | None = n_near
+        self.max_context: int | None = max_context
         self._views: list[_View] = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -57,13 +57,18 @@ class Contexts:
         rows: int,
         seed: int,
     ) -> None:
-        self.prior, self.task = prior, prior_task(prior)
-        self.low, self.high, self.sampling = low, high, sampling
-        self.n_queries, self.rows, self.seed = n_queries, rows, seed
-        self.max_features = int(getattr(prior, "max_features", 10))
-        self.min_features = int(getattr(prior, "min_features", min(1, self.max_features)))
-        self.max_classes = int(getattr(prior, "max_classes", 10))
-        self.scaled = bool(getattr(prior, "scaled", True))
+        self.prior: Any = prior
+        self.task = prior_task(prior)
+        self.low: int = low
+        self.high: int = high
+        self.sampling: str = sampling
+        self.n_queries: int = n_queries
+        self.rows: int = rows
+        self.seed: int = seed
+        self.max_features: int = int(getattr(prior, "max_features", 10))
+        self.min_features: int = int(getattr(prior, "min_features", min(1, self.max_features)))
+        self.max_classes: int = int(getattr(prior, "max_classes", 10))
+        self.scaled: bool = bool(getattr(prior, "scaled", True))
 
     def rng(self, kind: int, number: int) -> np.random.Generator:
         """Random numbers for draw ``number`` of a kind: nothing else decides them."""
@@ -123,12 +128,17 @@ class Run:
         average: float,
         fabric: Any,
     ) -> None:
-        self.fabric, self.contexts, self.settings = fabric, contexts, settings
-        self.dtype = torch.float64 if "64" in settings["precision"] else torch.float32
-        self.model = model.to(fabric.device, self.dtype).train()
-        self.averaged = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.parameters = list(self.model.parameters())
+        self.fabric: Any = fabric
+        self.contexts: Contexts = contexts
+        self.settings: dict[str, Any] = settings
+        self.dtype: torch.dtype = torch.float64 if "64" in settings["precision"] else torch.float32
+        self.model: PFN = model.to(fabric.device, self.dtype).train()
+        self.averaged: PFN = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.parameters: list[nn.Parameter] = list(self.model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)
+        self.lr: float
+        self.decay: float
+        self.steps: int
         self.factor, self.lr, self.decay, self.steps = (
             cosine_schedule(steps, warmup),
             lr,
@@ -341,6 +351,7 @@ class Run:
                     for key in ("exp_avg", "exp_avg_sq")
                 },
             }
-        self.seconds, self.cpu_seconds = header["seconds"], header["cpu_seconds"]
+        self.seconds = header["seconds"]
+        self.cpu_seconds = header["cpu_seconds"]
         self.log, self.recent = header["log"], header["recent"]
         self._start()

@@ -35,8 +35,9 @@ class PowerTransform:
         variance = ((z - mean).square() * w).sum(-1).clamp_min(1e-12)
         jacobian = (w * y.sign() * y.abs().log1p()).sum(-1)
         likelihood = -0.5 * variance.log() + (grid[:, None] - 1) * jacobian
-        self.power = grid[likelihood.argmax(0)][:, None]
-        self.low, self.high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
+        self.power: Tensor = grid[likelihood.argmax(0)][:, None]
+        self.low: Tensor = y.amin(-1, keepdim=True)
+        self.high: Tensor = y.amax(-1, keepdim=True)
 
     @staticmethod
     def _forward(y: Tensor, power: Tensor) -> Tensor:

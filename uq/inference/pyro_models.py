@@ -207,7 +207,7 @@ class PyroPosterior(Posterior):
     ) -> None:
         super().__init__(seed)
         self.site = site
-        self.module = model if isinstance(model, nn.Module) else None
+        self.module: nn.Module | None = model if isinstance(model, nn.Module) else None
         self._function = None if self.module is not None else model
         self._names, self._params = list(draws), list(params)
         for i, value in enumerate(draws.values()):

@@ -26,7 +26,7 @@ class SDMObjective(nn.Module):
         super().__init__()
         self.body = body
         self.head = head
-        self.loss = SDMLoss("none")
+        self.loss: SDMLoss = SDMLoss("none")
 
     def forward(
         self, x: Tensor, y: Tensor, q: Tensor, d: Tensor, weight: Tensor | None = None
@@ -58,8 +58,8 @@ class Round:
         self.support = support
         self.calibration = calibration
         # The first epoch is that of a softmax and its cross-entropy.
-        self.d = torch.ones_like(support.weight)
-        self.q = Q_SOFTMAX * self.d
+        self.d: Tensor = torch.ones_like(support.weight)
+        self.q: Tensor = Q_SOFTMAX * self.d
         self.mean_q: list[float] = []
 
     def refresh(self) -> float:

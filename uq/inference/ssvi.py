@@ -218,12 +218,14 @@ class SSVI(Optimizer):
         # One set of groups and one state, whichever of the two is asked.
         self.param_groups, self.state = base.param_groups, base.state
         self.base = base
-        self.weights = [w for w in weights.values() if w.n_active < w.n]
-        self.t_end = stop * n_steps
-        self.update_every, self.replace = update_every, replace
-        self.criterion, self.grow_grad = criterion, grow_grad
-        self.t = 0
-        self.n_updates = 0
+        self.weights: list[SparseGaussian] = [w for w in weights.values() if w.n_active < w.n]
+        self.t_end: float = stop * n_steps
+        self.update_every: int = update_every
+        self.replace: float = replace
+        self.criterion: str = criterion
+        self.grow_grad: str = grow_grad
+        self.t: int = 0
+        self.n_updates: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """State of the base optimizer and the step count; positions are the module's."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pyro
 import torch
-from pyro.distributions import Normal, TorchDistribution
+from pyro.distributions import Normal
 from pyro.nn import PyroModule
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.distributions import Independent, constraints, kl_divergence, registe
 from torch.func import functional_call
 
 from uq.distributions import Predictive
+from uq.distributions.base import TorchDistribution
 from uq.errors import ParameterError
 from uq.inference.posterior import NormalPosterior, WeightPosterior, Weights, monte_carlo
 from uq.kernels import use_triton
@@ -343,4 +344,5 @@ class SparseNormalGuide(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample all sites; the arguments are the model's, and not used."""
-        return {name: pyro.sample(name, SparseNormal(w)) for name, w in self.weights.items()}
+        sites: dict[str, Any] = {name: SparseNormal(w) for name, w in self.weights.items()}
+        return {name: pyro.sample(name, site) for name, site in sites.items()}

@@ -70,8 +70,8 @@ class Segments:
     """
 
     def __init__(self, tensors: Sequence[Tensor], groups: Sequence[int] | None = None) -> None:
-        self.tensors = list(tensors)
-        self.groups = [0] * len(self.tensors) if groups is None else list(groups)
+        self.tensors: list[Tensor] = list(tensors)
+        self.groups: list[int] = [0] * len(self.tensors) if groups is None else list(groups)
         if not self.tensors or len(self.groups) != len(self.tensors):
             raise ParameterError(
                 f"Segments: needs tensors, and a group for each, got {len(self.tensors)} tensors "
@@ -87,9 +87,10 @@ class Segments:
                 )
         if like.dtype not in (torch.float32, torch.float64):
             raise ParameterError(f"Segments: dtype must be float32 or float64, got {like.dtype}.")
-        self.device, self.dtype = like.device, like.dtype
-        self.sizes = [t.numel() for t in self.tensors]
-        self.n = sum(self.sizes)
+        self.device: torch.device = like.device
+        self.dtype: torch.dtype = like.dtype
+        self.sizes: list[int] = [t.numel() for t in self.tensors]
+        self.n: int = sum(self.sizes)
         if self.n >= 1 << 32:
             raise ParameterError(
                 f"Segments: noise is counted in 32 bits, got {self.n} elements; make two of them."

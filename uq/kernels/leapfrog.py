@@ -240,7 +240,7 @@ class Recorded:
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
         self.function = function
-        self.inputs = [t.detach().clone() for t in inputs]
+        self.inputs: list[Tensor] = [t.detach().clone() for t in inputs]
         self.outputs: tuple[Tensor, ...] = ()
         self.graph: Any = None
         if self.inputs[0].is_cuda:

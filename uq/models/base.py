@@ -202,6 +202,9 @@ class Estimator(BaseEstimator, ABC):
     def _build_posterior(self) -> Posterior:
         """Return a posterior of the right shapes, to load saved weights into."""
 
+    def _forget_paths(self) -> None:
+        """Drop arguments, read from a model's file, that would have a fit open other files."""
+
     def _check_parameters(self) -> None:
         """Check the constructor's arguments; methods extend it by their own."""
         check_hidden(self)
@@ -493,7 +496,7 @@ class Estimator(BaseEstimator, ABC):
         for X, target in source:
             if not targets:
                 self.input_shape_ = tuple(int(side) for side in X.shape[1:])
-                self.n_features_in_ = self.input_shape_[0]
+                self.n_features_in_: int = self.input_shape_[0]
                 self.__dict__.pop("feature_names_in_", None)  # of an earlier fit on a DataFrame
             check_finite(X, f"{name}.fit", None)
             targets.append(np.asarray(target))

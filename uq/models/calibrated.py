@@ -167,7 +167,7 @@ class Calibrated(Wrapper):
             rows = np.concatenate([test for _, test in splits])
             target = np.asarray(_safe_indexing(y, rows))
             weight = None if sample_weight is None else np.asarray(sample_weight)[rows]
-        self.recalibrator_ = recalibrator.fit(dist, target, weight)
+        self.recalibrator_: Recalibrator = recalibrator.fit(dist, target, weight)
         self.estimator_ = fitted
         return self
 

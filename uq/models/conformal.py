@@ -178,7 +178,9 @@ class Conformal(Wrapper):
                 ],
                 [np.asarray(_safe_indexing(y, test)) for _, test in splits],
             )
-        self.estimator_, self.fold_estimators_, self.conformal_ = fitted, folds, conformal
+        self.estimator_ = fitted
+        self.fold_estimators_: list[Any] = folds
+        self.conformal_: ConformalIntervals | ConformalSets = conformal
         return self
 
     @property

@@ -38,7 +38,7 @@ class ETPObjective(Objective):
         super().__init__()
         self.network = network
         self.head = head
-        self.weight_kl = weight_kl / n_effective
+        self.weight_kl: float = weight_kl / n_effective
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Loss of the batch, after which a share of it is written to the memory."""

@@ -79,6 +79,7 @@ def check_parameters(model: Any, *, has_model: bool) -> None:
         return
     if not has_model:
         model._check_parameters()
+    model._forget_paths()
     if not isinstance(model.device, str) or not _DEVICE.fullmatch(model.device):
         raise LoadError(f"device is {model.device!r}.")
     if getattr(model, "n_samples", 1) > _MAX_SAMPLES:

@@ -28,7 +28,7 @@ from uq.models.base import Classifier, Estimator, Objective, Regressor, Training
 from uq.models.checks import check_number
 from uq.models.documentation import documented
 from uq.nn.network import probe_outputs
-from uq.nn.pfn import PFN, load_pfn
+from uq.nn.pfn import PFN, SHIPPED, load_pfn
 from uq.nn.pfn_tables import PFNConfig, PFNScaling
 
 if TYPE_CHECKING:
@@ -128,6 +128,10 @@ class _PFN(Estimator):
 
     # -- the prior -----------------------------------------------------------------------------
 
+    def _forget_paths(self) -> None:
+        if str(self.prior) not in SHIPPED:
+            self.prior = ""
+
     @property
     def _task(self) -> str:
         return "classification" if isinstance(self, Classifier) else "regression"
@@ -138,6 +142,12 @@ class _PFN(Estimator):
 
     def _load_prior(self) -> PFN:
         name = type(self).__name__
+        if not str(self.prior):
+            raise ParameterError(
+                f"{name}: prior is empty. A model that is loaded from a file forgets the path of "
+                "its prior: the next fit would open what the file names. Say which network it is "
+                "to be: model.set_params(prior='mine.safetensors')."
+            )
         try:
             network, _ = load_pfn(self.prior)
         except FileNotFoundError as error:
@@ -185,8 +195,8 @@ class _PFN(Estimator):
         super()._set_input_scale(scaler)
         if self.x_mean_ is not None and self.x_scale_ is not None:
             # A column without a value stays what it is.
-            self.x_mean_ = np.nan_to_num(self.x_mean_, nan=0.0)
-            self.x_scale_ = np.nan_to_num(self.x_scale_, nan=1.0)
+            self.x_mean_: np.ndarray | None = np.nan_to_num(self.x_mean_, nan=0.0)
+            self.x_scale_: np.ndarray | None = np.nan_to_num(self.x_scale_, nan=1.0)
 
     def _coded(self, X: Any, *, learn: bool) -> Any:
         """Replace the text columns of a frame by codes of their categories; unseen ones are NaN."""
@@ -541,7 +551,7 @@ class PFNRegressor(_PFN, Regressor):
         super()._learn_target_scale(y, weight)
         constant = (y == y[:1]).all(0)
         size = _CONSTANT_SCALE * np.maximum(1.0, np.abs(self.y_mean_))
-        self.y_scale_ = np.where(constant, size, self.y_scale_)
+        self.y_scale_: np.ndarray = np.where(constant, size, self.y_scale_)
 
 
 _CLASSES = """

@@ -300,7 +300,8 @@ class PyroRegressor(_PyroModel, Regressor):
     """
 
     def _learn_target_scale(self, y: np.ndarray, weight: np.ndarray | None) -> None:
-        self.y_mean_, self.y_scale_ = np.zeros(y.shape[1]), np.ones(y.shape[1])
+        self.y_mean_: np.ndarray = np.zeros(y.shape[1])
+        self.y_scale_: np.ndarray = np.ones(y.shape[1])
 
     def _target_tensor(self, y: Tensor) -> Tensor:
         return y[:, 0] if self.y_is_1d_ else y

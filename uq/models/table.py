@@ -144,9 +144,11 @@ class TablePreprocessor(TransformerMixin, BaseEstimator):
                 "TablePreprocessor: no column can be used; all hold text of which no value comes "
                 f"{self.min_frequency} times."
             )
-        self.columns_ = list(columns)
-        self.medians_, self.gaps_, self.categories_ = medians, gaps, categories
-        self.n_features_in_ = len(self.columns_)
+        self.columns_: list[str] = list(columns)
+        self.medians_: dict[str, float] = medians
+        self.gaps_: list[str] = gaps
+        self.categories_: dict[str, list[str]] = categories
+        self.n_features_in_: int = len(self.columns_)
         return self
 
     def _frequent(self, counts: Counter[str]) -> list[str]:
@@ -388,11 +390,11 @@ class TableModel(MetaEstimatorMixin, BaseEstimator):
         DataError
             If values of ``y`` are missing, or are text for a regressor.
         """
-        self.preprocessor_ = clone(self.preprocessor or TablePreprocessor()).fit(X)
+        self.preprocessor_: Any = clone(self.preprocessor or TablePreprocessor()).fit(X)
         model = clone(self.estimator)
         options = {"resume": True} if resume else {}
         if isinstance(X, TableStream):
-            self.estimator_ = model.fit(self._chunks(X, y), **options)
+            self.estimator_: Any = model.fit(self._chunks(X, y), **options)
         else:
             array = self.preprocessor_.transform(X)
             self.estimator_ = model.fit(array, self._target(y), **options)

@@ -93,9 +93,9 @@ class ConvNet(nn.Module):
                 nn.ELU(),
                 nn.AvgPool2d(2),
             ]
-        self.features = nn.Sequential(*blocks, nn.Flatten())
+        self.features: nn.Sequential = nn.Sequential(*blocks, nn.Flatten())
         height, width = (side >> len(channels) for side in in_shape[-2:])
-        self.head = nn.Linear(channels[-1] * height * width, d_out)
+        self.head: nn.Linear = nn.Linear(channels[-1] * height * width, d_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``(n, *in_shape)`` to outputs (n, d_out)."""

@@ -130,9 +130,9 @@ class ETPHead(DirichletHead):
         self.memory_decay = memory_decay
         self.memory_noise = memory_noise
         self.kl_weight = kl_weight
-        self.key = nn.Parameter(torch.eye(n_classes))
-        self.fusion = nn.Parameter(torch.eye(n_classes, 2 * n_classes))
-        self.fusion_bias = nn.Parameter(torch.zeros(n_classes))
+        self.key: nn.Parameter = nn.Parameter(torch.eye(n_classes))
+        self.fusion: nn.Parameter = nn.Parameter(torch.eye(n_classes, 2 * n_classes))
+        self.fusion_bias: nn.Parameter = nn.Parameter(torch.zeros(n_classes))
         self.register_buffer("memory", (0.01 * torch.randn(memory_size, n_classes)).square())
 
     def read(self) -> Tensor:
@@ -253,9 +253,9 @@ class VariationalLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, has_bias, device="meta")
         self.weight = linear.weight
         if has_bias:
-            self.bias = linear.bias
+            self.bias: nn.Parameter = linear.bias
         # exp(−9) is a standard deviation of 0.01: it starts almost as the layer was.
-        self.log_var = nn.Parameter(torch.full_like(self.weight, _LOG_VAR))
+        self.log_var: nn.Parameter = nn.Parameter(torch.full_like(self.weight, _LOG_VAR))
         self.train(linear.training)
 
     @property

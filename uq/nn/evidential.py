@@ -357,7 +357,7 @@ class DirichletHead(nn.Module):
         self.n_outputs = n_classes
         self.loss_name = loss
         self.evidence = EVIDENCE[evidence]
-        self.prior = default_prior(loss) if prior is None else prior
+        self.prior: float = default_prior(loss) if prior is None else prior
         self.logdet_weight = logdet_weight
         _check_numbers(self.prior, 0.0, logdet_weight)
 

@@ -122,7 +122,7 @@ class NormalInverseGammaHead(nn.Module):
         if not 0 <= penalty_weight < math.inf:
             raise ParameterError(f"penalty_weight must be >= 0 and finite, got {penalty_weight!r}.")
         self.n_targets = n_targets
-        self.n_outputs = 4 * n_targets
+        self.n_outputs: int = 4 * n_targets
         self.penalty = penalty
         self.penalty_weight = penalty_weight
 

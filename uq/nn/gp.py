@@ -78,7 +78,7 @@ class GaussianProcess(nn.Module, ABC):
     def __init__(self, kernel: str, n_features: int, n_outputs: int, n_anchors: int) -> None:
         super().__init__()
         self.name = kernel
-        self.kernel = make_kernel(kernel, n_features, n_outputs)
+        self.kernel: Any = make_kernel(kernel, n_features, n_outputs)
         self.n_outputs = n_outputs
         self.register_buffer("anchors", torch.zeros(n_anchors, n_features, dtype=torch.float64))
 
@@ -219,8 +219,10 @@ class VariationalGP(GaussianProcess):
         del self.anchors
         self.anchors = nn.Parameter(anchors)
         shape = (n_outputs, n_inducing)
-        self.mean = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-        self.raw_tril = nn.Parameter(torch.zeros((*shape, n_inducing), dtype=torch.float64))
+        self.mean: nn.Parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        self.raw_tril: nn.Parameter = nn.Parameter(
+            torch.zeros((*shape, n_inducing), dtype=torch.float64)
+        )
 
     @property
     def _tril(self) -> Tensor:

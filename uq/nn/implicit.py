@@ -100,14 +100,14 @@ class WeightLayout:
                 f"{type(module).__name__} has no trainable parameters, so there are no weights to "
                 "generate; pass a module with layers whose parameters require gradients."
             )
-        self.blocks = [
+        self.blocks: list[WeightBlock] = [
             WeightBlock(layer, tuple(n for n, _ in found), tuple(s for _, s in found))
             for (layer, _), found in groups.items()
         ]
-        self.n_weights = sum(math.prod(block.shape) for block in self.blocks)
+        self.n_weights: int = sum(math.prod(block.shape) for block in self.blocks)
         # Other modules that hold one of the parameters (weight tying), and its name here.
         known = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
-        self.aliases = {
+        self.aliases: dict[str, str] = {
             alias: known[id(p)]
             for prefix, part in module.named_modules()
             for alias, p in (
@@ -228,7 +228,7 @@ class MLPGenerator(Generator):
     def __init__(self, noise_dim: int, hidden: Sequence[int], n_weights: int) -> None:
         super().__init__(noise_dim, n_weights)
         widths = [noise_dim, *hidden, n_weights]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.layers: nn.ModuleList = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def _trunk(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Input of the last layer, and slopes of the activations on the way."""
@@ -315,10 +315,10 @@ class MatrixLinear(nn.Module):
     def __init__(self, shape_in: tuple[int, int], shape_out: tuple[int, int]) -> None:
         super().__init__()
         (a, b), (c, e) = shape_in, shape_out
-        self.left = _uniform((c, a), (3 / a) ** 0.5)
-        self.left_bias = _uniform((c, b), a**-0.5)
-        self.right = _uniform((b, e), (3 / b) ** 0.5)
-        self.right_bias = _uniform((c, e), b**-0.5)
+        self.left: nn.Parameter = _uniform((c, a), (3 / a) ** 0.5)
+        self.left_bias: nn.Parameter = _uniform((c, b), a**-0.5)
+        self.right: nn.Parameter = _uniform((b, e), (3 / b) ** 0.5)
+        self.right_bias: nn.Parameter = _uniform((c, e), b**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (S, a, b) to (S, c, e)."""
@@ -379,9 +379,13 @@ class MatrixGenerator(Generator):
             )
         super().__init__(math.prod(noise_shape), n_weights)
         self.noise_shape = noise_shape
-        self.surplus = total - n_weights
-        self.trunk = nn.ModuleList(MatrixLinear(a, b) for a, b in pairwise([noise_shape, *hidden]))
-        self.heads = nn.ModuleList(MatrixLinear(hidden[-1], shape) for shape in heads)
+        self.surplus: int = total - n_weights
+        self.trunk: nn.ModuleList = nn.ModuleList(
+            MatrixLinear(a, b) for a, b in pairwise([noise_shape, *hidden])
+        )
+        self.heads: nn.ModuleList = nn.ModuleList(
+            MatrixLinear(hidden[-1], shape) for shape in heads
+        )
 
     @classmethod
     def for_layout(

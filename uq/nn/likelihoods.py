@@ -91,7 +91,7 @@ class NormalLikelihood(Likelihood):
             )
         raw = INITIAL_SCALE - SCALE_FLOOR
         self.n_targets = n_targets
-        self.offset = raw + math.log(-math.expm1(-raw))  # inverse softplus
+        self.offset: float = raw + math.log(-math.expm1(-raw))  # inverse softplus
         self.raw_scale: nn.Parameter | None = None
         self.n_outputs = 2 * n_targets
         if noise == "homoscedastic":

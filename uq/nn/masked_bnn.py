@@ -104,10 +104,10 @@ class MaskedMLP:
     """
 
     def __init__(self, sizes: Sequence[int], select_features: bool = False) -> None:
-        self.sizes = tuple(sizes)
+        self.sizes: tuple[int, ...] = tuple(sizes)
         self.select_features = select_features
-        self.groups = self.sizes[0 if select_features else 1 : -1]
-        self.n_weights = sum((a + 1) * b for a, b in pairwise(self.sizes))
+        self.groups: tuple[int, ...] = self.sizes[0 if select_features else 1 : -1]
+        self.n_weights: int = sum((a + 1) * b for a, b in pairwise(self.sizes))
 
     def _nodes(self, masks: Tensor, everywhere: bool) -> list[tuple[Tensor, Tensor]]:
         """Of each layer of nodes, positions that are kept and whether they are on, (C, p)."""
@@ -189,7 +189,7 @@ class _Narrow:
         everywhere: bool,
     ) -> None:
         self.nodes = nodes
-        self.sizes = [kept.shape[1] for kept, _ in nodes]
+        self.sizes: list[int] = [kept.shape[1] for kept, _ in nodes]
         index, active, start = [], [], 0
         for ((cols, cols_on), (rows, rows_on)), (width_in, width_out) in zip(
             pairwise(nodes), pairwise(network.sizes), strict=True
@@ -201,7 +201,8 @@ class _Narrow:
                 rows_on = torch.ones_like(rows_on)
             active += [(rows_on[:, :, None] * cols_on[:, None]).flatten(1), rows_on]
             start = end + width_out
-        self.index, self.active = torch.cat(index, 1), torch.cat(active, 1)
+        self.index: Tensor = torch.cat(index, 1)
+        self.active: Tensor = torch.cat(active, 1)
 
     def weights(self, theta: Tensor) -> Tensor:
         return theta.gather(1, self.index) * self.active
@@ -230,18 +231,20 @@ class MaskedModule:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module.eval()
-        self.trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        self.fixed = {
+        self.module: nn.Module = module.eval()
+        self.trained: dict[str, nn.Parameter] = {
+            k: p for k, p in module.named_parameters() if p.requires_grad
+        }
+        self.fixed: dict[str, nn.Parameter | Tensor] = {
             k: t
             for k, t in (*module.named_parameters(), *module.named_buffers())
             if k not in self.trained
         }
         found = [(f"{n}." if n else "", m) for n, m in module.named_modules()]
         layers = [(n, m) for n, m in found if isinstance(m, _LAYERS)][:-1]
-        self.layers = [(n, m.weight.shape[0]) for n, m in layers]
-        self.groups = tuple(width for _, width in self.layers)
-        self.n_weights = sum(p.numel() for p in self.trained.values())
+        self.layers: list[tuple[str, int]] = [(n, m.weight.shape[0]) for n, m in layers]
+        self.groups: tuple[int, ...] = tuple(width for _, width in self.layers)
+        self.n_weights: int = sum(p.numel() for p in self.trained.values())
 
     def flat(self, modules: Sequence[nn.Module]) -> Tensor:
         """Trained weights of modules of this architecture, (C, D)."""
@@ -312,10 +315,10 @@ class _Rows:
 
     def __init__(self, network: MaskedModule, masks: Tensor) -> None:
         self.network = network
-        self.ones = torch.ones_like(masks)
+        self.ones: Tensor = torch.ones_like(masks)
         ones = masks.new_ones(len(masks), network.n_weights)
         named = network.compacted(ones, masks)
-        self.active = torch.cat([t.flatten(1) for t in named.values()], 1)
+        self.active: Tensor = torch.cat([t.flatten(1) for t in named.values()], 1)
 
     def weights(self, theta: Tensor) -> Tensor:
         return theta * self.active

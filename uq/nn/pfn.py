@@ -170,9 +170,9 @@ class PFN(nn.Module):
             self.embed_y = nn.Embedding(config.n_outputs, d)
         self.register_buffer("borders", borders)
         self.embed_x = nn.Linear(2 * config.max_features, d)
-        self.query_mark = nn.Parameter(torch.zeros(d))
-        self.context_rows = nn.Parameter(0.5 * torch.randn(config.context_tokens, d))
-        self.blocks = nn.ModuleList(
+        self.query_mark: nn.Parameter = nn.Parameter(torch.zeros(d))
+        self.context_rows: nn.Parameter = nn.Parameter(0.5 * torch.randn(config.context_tokens, d))
+        self.blocks: nn.ModuleList = nn.ModuleList(
             _Block(d, config.n_heads, config.d_ff) for _ in range(config.n_layers)
         )
         self.norm_out = nn.LayerNorm(d)

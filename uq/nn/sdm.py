@@ -138,8 +138,8 @@ class ExemplarAdaptor(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
-        self.exemplar = nn.Linear(n_features, n_exemplar)
-        self.classify = nn.Linear(n_exemplar, n_classes)
+        self.exemplar: nn.Linear = nn.Linear(n_features, n_exemplar)
+        self.classify: nn.Linear = nn.Linear(n_exemplar, n_classes)
 
     @torch.no_grad()
     def normalise(self, features: Tensor) -> None:
@@ -175,7 +175,7 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, layer: str | None = None) -> None:
         super().__init__()
-        self.network = network.requires_grad_(False)
+        self.network: nn.Module = network.requires_grad_(False)
         self.layer = layer
         if layer is None:
             self._watched: list[str] = []

@@ -126,17 +126,19 @@ class SparseGaussian(nn.Module):
         self, initial: Tensor, n_active: int, prior_scale: float, init_std: float = 0.1
     ) -> None:
         super().__init__()
-        self.shape = tuple(initial.shape)
-        self.n = initial.numel()
+        self.shape: tuple[int, ...] = tuple(initial.shape)
+        self.n: int = initial.numel()
         self.prior_scale = prior_scale
         if n_active == self.n:
             index = torch.arange(self.n, device=initial.device)
         else:
             index = torch.randperm(self.n, device=initial.device)[:n_active].sort().values
         values = initial.detach().reshape(-1)[index] * math.sqrt(self.n / n_active)
-        self.mean = nn.Parameter(values)
+        self.mean: nn.Parameter = nn.Parameter(values)
         std = init_std * prior_scale
-        self.rho = nn.Parameter(torch.full_like(values, std + math.log(-math.expm1(-std))))
+        self.rho: nn.Parameter = nn.Parameter(
+            torch.full_like(values, std + math.log(-math.expm1(-std)))
+        )
         self.register_buffer("index", index)
         self._pattern: tuple[Any, Pattern] | None = None
         self._grown: Tensor | None = None

@@ -45,11 +45,13 @@ class CompactWeight(nn.Module):
         self, shape: tuple[int, ...], n_active: int, prior_scale: float, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.shape, self.n, self.prior_scale = shape, math.prod(shape), prior_scale
+        self.shape: tuple[int, ...] = shape
+        self.n: int = math.prod(shape)
+        self.prior_scale: float = prior_scale
         rows, width = shape[0], self.n // shape[0]
         full = n_active == self.n
         small = torch.int16 if width <= torch.iinfo(torch.int16).max else torch.int32
-        self.mean = nn.Parameter(torch.empty(n_active, dtype=dtype))
+        self.mean: nn.Parameter = nn.Parameter(torch.empty(n_active, dtype=dtype))
         self.register_buffer("std", torch.empty(n_active, dtype=dtype))
         self.register_buffer("columns", torch.empty(0 if full else n_active, dtype=small))
         self.register_buffer("row_starts", torch.empty(0 if full else rows + 1, dtype=torch.int32))

@@ -391,9 +391,9 @@ class VBLLRegression(RegressionLastLayer):
     ) -> None:
         s = 1 / (n_features + 1) if prior_variance is None else prior_variance
         super().__init__(n_features, n_outputs, covariance, rank, s)
-        self.wishart_scale = positive("wishart_scale", wishart_scale)
+        self.wishart_scale: float = positive("wishart_scale", wishart_scale)
         start = math.log(positive("noise_scale", noise_scale))
-        self.log_noise = nn.Parameter(torch.full((n_outputs,), start))
+        self.log_noise: nn.Parameter = nn.Parameter(torch.full((n_outputs,), start))
 
     def noise_variance(self) -> Tensor:
         """Noise variance σ_k², shape (K,)."""
@@ -500,13 +500,15 @@ class VBLLStudentTRegression(RegressionLastLayer):
     ) -> None:
         s = 4 / (n_features + 1) if prior_variance is None else prior_variance
         super().__init__(n_features, n_outputs, covariance, rank, s)
-        self.noise_shape = positive("noise_shape", noise_shape)
-        self.noise_rate = positive("noise_rate", noise_rate)
+        self.noise_shape: float = positive("noise_shape", noise_shape)
+        self.noise_rate: float = positive("noise_rate", noise_rate)
         start = math.log(positive("noise_scale", noise_scale))
         # q(τ) by its shape and its mean e^(−2ℓ): unlike shape and rate, the two do not pull at
         # one another while they are trained.
-        self.log_noise = nn.Parameter(torch.full((n_outputs,), start))
-        self.log_shape = nn.Parameter(torch.full((n_outputs,), math.log(noise_shape + 1)))
+        self.log_noise: nn.Parameter = nn.Parameter(torch.full((n_outputs,), start))
+        self.log_shape: nn.Parameter = nn.Parameter(
+            torch.full((n_outputs,), math.log(noise_shape + 1))
+        )
 
     def gamma(self) -> tuple[Tensor, Tensor]:
         """Shape a_k and rate b_k of q(τ_k), each (K,)."""
@@ -619,9 +621,11 @@ class VBLLHeteroscedasticRegression(RegressionLastLayer):
     ) -> None:
         s = 1 / (n_features + 1) if prior_variance is None else prior_variance
         super().__init__(n_features, n_outputs, covariance, rank, s)
-        self.noise_weights = gaussian_weights(n_outputs, n_features + 1, covariance, rank)
+        self.noise_weights: GaussianWeights = gaussian_weights(
+            n_outputs, n_features + 1, covariance, rank
+        )
         nn.init.zeros_(self.noise_weights.mean)
-        self.log_variance_offset = 2 * math.log(positive("noise_scale", noise_scale))
+        self.log_variance_offset: float = 2 * math.log(positive("noise_scale", noise_scale))
 
     def regularizer(self) -> Tensor:
         """KL of the weights and of the weights of the log variance."""

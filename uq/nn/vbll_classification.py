@@ -218,9 +218,9 @@ class VBLLClassification(SoftmaxLastLayer):
         if bound not in BOUNDS:
             raise ParameterError(f"bound must be one of {', '.join(BOUNDS)}, got {bound!r}.")
         self.bound = bound
-        self.wishart_scale = positive("wishart_scale", wishart_scale)
+        self.wishart_scale: float = positive("wishart_scale", wishart_scale)
         start = math.log(positive("noise_scale", noise_scale))
-        self.log_noise = nn.Parameter(torch.full((n_outputs,), start))
+        self.log_noise: nn.Parameter = nn.Parameter(torch.full((n_outputs,), start))
 
     def noise_variance(self) -> Tensor:
         """Variance σ_k² of the logit noise, shape (K,)."""
@@ -283,7 +283,7 @@ class VBLLHeteroscedasticClassification(SoftmaxLastLayer):
         super().__init__(n_features, n_outputs, covariance, rank, prior_variance)
         self.noise_weights = gaussian_weights(n_outputs, n_features + 1, covariance, rank)
         nn.init.zeros_(self.noise_weights.mean)
-        self.log_variance_offset = 2 * math.log(positive("noise_scale", noise_scale))
+        self.log_variance_offset: float = 2 * math.log(positive("noise_scale", noise_scale))
 
     def regularizer(self) -> Tensor:
         """KL of the weights and of the weights of the log variance."""
@@ -375,12 +375,12 @@ class VBLLGenerativeClassification(ClassificationLastLayer):
         concentration: float = 1.0,
     ) -> None:
         super().__init__(n_features, n_outputs, prior_variance)
-        self.wishart_scale = positive("wishart_scale", wishart_scale)
-        self.concentration = positive("concentration", concentration)
+        self.wishart_scale: float = positive("wishart_scale", wishart_scale)
+        self.concentration: float = positive("concentration", concentration)
         start = math.log(positive("noise_scale", noise_scale))
-        self.mean = nn.Parameter(0.1 * torch.randn(n_outputs, n_features))
-        self.log_diagonal = nn.Parameter(torch.full((n_outputs, n_features), -1.0))
-        self.log_noise = nn.Parameter(torch.full((n_features,), start))
+        self.mean: nn.Parameter = nn.Parameter(0.1 * torch.randn(n_outputs, n_features))
+        self.log_diagonal: nn.Parameter = nn.Parameter(torch.full((n_outputs, n_features), -1.0))
+        self.log_noise: nn.Parameter = nn.Parameter(torch.full((n_features,), start))
         self.register_buffer("class_counts", torch.zeros(n_outputs, dtype=torch.float64))
 
     def noise_variance(self) -> Tensor:

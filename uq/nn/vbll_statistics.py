@@ -62,10 +62,10 @@ class LinearStatistics:
 
     def __init__(self, n_features: int, n_outputs: int, device: torch.device | str = "cpu") -> None:
         d = n_features + 1
-        self.n_rows = 0.0
-        self.gram = torch.zeros(d, d, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(d, n_outputs, dtype=torch.float64, device=device)
-        self.squares = torch.zeros(n_outputs, dtype=torch.float64, device=device)
+        self.n_rows: float = 0.0
+        self.gram: Tensor = torch.zeros(d, d, dtype=torch.float64, device=device)
+        self.cross: Tensor = torch.zeros(d, n_outputs, dtype=torch.float64, device=device)
+        self.squares: Tensor = torch.zeros(n_outputs, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, features: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
@@ -157,9 +157,9 @@ class ClassStatistics:
     """
 
     def __init__(self, n_features: int, n_classes: int, device: torch.device | str = "cpu") -> None:
-        self.counts = torch.zeros(n_classes, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(n_classes, n_features, dtype=torch.float64, device=device)
-        self.squares = torch.zeros(n_features, dtype=torch.float64, device=device)
+        self.counts: Tensor = torch.zeros(n_classes, dtype=torch.float64, device=device)
+        self.sums: Tensor = torch.zeros(n_classes, n_features, dtype=torch.float64, device=device)
+        self.squares: Tensor = torch.zeros(n_features, dtype=torch.float64, device=device)
 
     @property
     def n_rows(self) -> float:

@@ -40,7 +40,7 @@ class GaussianWeights(nn.Module, ABC):
     def __init__(self, n_outputs: int, n_inputs: int) -> None:
         super().__init__()
         start = torch.empty(n_outputs, n_inputs).uniform_(-1, 1)
-        self.mean = nn.Parameter(start / math.sqrt(n_inputs))
+        self.mean: nn.Parameter = nn.Parameter(start / math.sqrt(n_inputs))
 
     @abstractmethod
     def variance(self, phi: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ class DenseWeights(GaussianWeights):
 
     def __init__(self, n_outputs: int, n_inputs: int) -> None:
         super().__init__(n_outputs, n_inputs)
-        self.log_diagonal = nn.Parameter(_initial_log_scale(n_outputs, n_inputs))
-        self.off_diagonal = nn.Parameter(torch.zeros(n_outputs, n_inputs, n_inputs))
+        self.log_diagonal: nn.Parameter = nn.Parameter(_initial_log_scale(n_outputs, n_inputs))
+        self.off_diagonal: nn.Parameter = nn.Parameter(torch.zeros(n_outputs, n_inputs, n_inputs))
 
     def factor(self) -> Tensor:
         """The triangular factors L, shape (K, D, D)."""
@@ -159,8 +159,8 @@ class DensePrecisionWeights(GaussianWeights):
 
     def __init__(self, n_outputs: int, n_inputs: int) -> None:
         super().__init__(n_outputs, n_inputs)
-        self.log_diagonal = nn.Parameter(-_initial_log_scale(n_outputs, n_inputs))
-        self.off_diagonal = nn.Parameter(torch.zeros(n_outputs, n_inputs, n_inputs))
+        self.log_diagonal: nn.Parameter = nn.Parameter(-_initial_log_scale(n_outputs, n_inputs))
+        self.off_diagonal: nn.Parameter = nn.Parameter(torch.zeros(n_outputs, n_inputs, n_inputs))
 
     def factor(self) -> Tensor:
         """The triangular factors L of the precisions, shape (K, D, D)."""
@@ -213,7 +213,7 @@ class DiagonalWeights(GaussianWeights):
 
     def __init__(self, n_outputs: int, n_inputs: int) -> None:
         super().__init__(n_outputs, n_inputs)
-        self.log_diagonal = nn.Parameter(_initial_log_scale(n_outputs, n_inputs))
+        self.log_diagonal: nn.Parameter = nn.Parameter(_initial_log_scale(n_outputs, n_inputs))
 
     def variance(self, phi: Tensor) -> Tensor:
         """Σ_j φ_j² e^{2ℓ_j}."""
@@ -252,9 +252,11 @@ class LowRankWeights(GaussianWeights):
 
     def __init__(self, n_outputs: int, n_inputs: int, rank: int) -> None:
         super().__init__(n_outputs, n_inputs)
-        self.log_diagonal = nn.Parameter(_initial_log_scale(n_outputs, n_inputs))
+        self.log_diagonal: nn.Parameter = nn.Parameter(_initial_log_scale(n_outputs, n_inputs))
         # Zero is a saddle point of UUᵀ, hence the small noise.
-        self.off_diagonal = nn.Parameter(1e-3 * torch.randn(n_outputs, n_inputs, rank))
+        self.off_diagonal: nn.Parameter = nn.Parameter(
+            1e-3 * torch.randn(n_outputs, n_inputs, rank)
+        )
 
     def variance(self, phi: Tensor) -> Tensor:
         """‖Uᵀφ‖² + Σ_j φ_j² e^{2ℓ_j}."""
