@@ -1,9 +1,12 @@
 """PFN estimators: views, weights of rows, what is beyond a network, bad input, files."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_wine
 
 import uq
@@ -428,5 +431,23 @@ def test_a_file_holds_all_that_is_needed(files, tmp_path, diabetes):
     again = uq.load(tmp_path / "m.uq")
     np.testing.assert_array_equal(again.predict(X_new[:, :4]), model.predict(X_new[:, :4]))
     assert again.prior_ == model.prior_
-    with pytest.raises(ParameterError, match="there is no network file"):
-        again.fit(X, y)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_file_does_not_have_a_fit_open_another(kind, files, tmp_path, diabetes, monkeypatch):
+    """Whoever wrote the model would choose what is opened, also where it is there."""
+    X, y = diabetes[0][:, :4], diabetes[1]
+    path = files / "regression.safetensors"
+    PFNRegressor(prior=kind(path)).fit(X, y).save(tmp_path / "m.uq")
+    uq.Calibrated(PFNRegressor(prior=kind(path)), "quantile", cv=2).fit(X, y).save(tmp_path / "c.uq")
+    loaded, wrapped = uq.load(tmp_path / "m.uq"), uq.load(tmp_path / "c.uq")
+    with monkeypatch.context() as patch:
+        patch.setattr("uq.models.pfn.load_pfn", lambda path: pytest.fail(f"{path} was opened"))
+        for model in (loaded, clone(loaded), wrapped):
+            with pytest.raises(ParameterError, match="forgets the path of its prior"):
+                model.fit(X, y)
+    again = loaded.set_params(prior=path).fit(X, y)
+    np.testing.assert_array_equal(again.predict(X), uq.load(tmp_path / "m.uq").predict(X))
+    # The networks of the package are known by their names.
+    PFNRegressor().fit(X, y).save(tmp_path / "s.uq")
+    assert uq.load(tmp_path / "s.uq").fit(X, y).prior == "tabular-regression"
