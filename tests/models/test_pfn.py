@@ -439,7 +439,9 @@ def test_a_file_does_not_have_a_fit_open_another(kind, files, tmp_path, diabetes
     X, y = diabetes[0][:, :4], diabetes[1]
     path = files / "regression.safetensors"
     PFNRegressor(prior=kind(path)).fit(X, y).save(tmp_path / "m.uq")
-    uq.Calibrated(PFNRegressor(prior=kind(path)), "quantile", cv=2).fit(X, y).save(tmp_path / "c.uq")
+    uq.Calibrated(PFNRegressor(prior=kind(path)), "quantile", cv=2).fit(X, y).save(
+        tmp_path / "c.uq"
+    )
     loaded, wrapped = uq.load(tmp_path / "m.uq"), uq.load(tmp_path / "c.uq")
     with monkeypatch.context() as patch:
         patch.setattr("uq.models.pfn.load_pfn", lambda path: pytest.fail(f"{path} was opened"))
