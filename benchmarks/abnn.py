@@ -7,10 +7,8 @@ Fashion-MNIST is read from ``UQ_DATA`` or ``../shared/data``; its part is left o
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.core import mean_rows, paired, row
+from benchmarks.data import DATA
+from benchmarks.measure import mean_rows, paired, row
 from uq import ABNNClassifier, MAPClassifier
 from uq.calibration import auroc, expected_calibration_error, fpr_at_tpr
 from uq.inference import ABNNPosterior, to_abnn
@@ -28,7 +27,6 @@ from uq.nn import CategoricalLikelihood, ConvNet, Network
 
 Row = dict[str, Any]
 Arrays = dict[str, np.ndarray]
-DATA = Path(os.environ.get("UQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 # -- speed -----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import torch
 
 import uq.calibration as ours
 from benchmarks.agreement import agreement
-from benchmarks.core import paired, row
+from benchmarks.measure import paired, row
 from uq.calibration.bootstrap import (
     Resampling,
     differences,

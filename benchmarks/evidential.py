@@ -8,11 +8,9 @@ against the softmax of the same ConvNet, with MNIST, USPS and noise as OOD. Data
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,8 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.core import paired, row
+from benchmarks.data import DATA
+from benchmarks.measure import paired, row
 from uq import ETPClassifier, EvidentialClassifier, EvidentialRegressor, MAPClassifier
 from uq.calibration import (
     EvidenceScaling,
@@ -39,7 +38,6 @@ Row = dict[str, Any]
 SEEDS = range(3)
 N_TRAIN, EPOCHS = 10_000, 6
 BATCH = 64
-DATA = Path(os.environ.get("UQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 # -- speed ---------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from benchmarks.core import paired, row
 from benchmarks.ivon import summary
+from benchmarks.measure import paired, row
 from uq import (
     EnsembleRegressor,
     ImplicitVIClassifier,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from benchmarks.core import paired, row
+from benchmarks.measure import paired, row
 from uq import IVONRegressor
 from uq.inference import IVON
 from uq.inference.training import cosine_schedule

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernels_layers
-from benchmarks.core import paired, row
 from benchmarks.gpu import cases_ivon, cases_leapfrog, cases_linear, cases_sdm
 from benchmarks.gpu.protocol import Place, absolute, forced, relative
 from benchmarks.gpu.table import runs
+from benchmarks.measure import paired, row
 from uq.inference import IVON
 from uq.inference.resampling import ancestors
 from uq.kernels import local_reparam_linear, philox, resampling, sampled_linear

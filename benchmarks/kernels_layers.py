@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from benchmarks.core import paired, row
 from benchmarks.gpu.protocol import forced
+from benchmarks.measure import paired, row
 from uq.kernels import local_reparam_linear, sampled_linear, sparse_linear
 from uq.kernels.leapfrog import leapfrog, mlp_gradient
 from uq.kernels.sdm import Support, count, nearest_keys, scan

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.core import row
+from benchmarks.measure import row
 
 N_ROWS, N_COLUMNS = 1_000_000, 20
 

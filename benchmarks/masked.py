@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.core import mean_rows, paired, row
+from benchmarks.measure import mean_rows, paired, row
 from benchmarks.nuts import N_TEST, N_TRAIN, SAMPLER, SETS, scored, subset, table, untested
 from tests.models.test_masked_bnn import ranks
 from uq import MaskedBNNRegressor, NUTSRegressor

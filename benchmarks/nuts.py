@@ -21,7 +21,6 @@ come, in ``nuts.partial.jsonl``. Times are CPU seconds of this process, compilin
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -31,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.core import mean_rows
+from benchmarks.data import DATA
+from benchmarks.measure import mean_rows
 from uq import (
     GPRegressor,
     MAPRegressor,
@@ -40,7 +40,6 @@ from uq import (
     PartialBNNRegressor,
 )
 
-DATA = Path(os.environ.get("UQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PARTIAL = Path(__file__).parent / "results" / "nuts.partial.jsonl"
 SETS = ("yacht", "boston", "energy", "concrete")
 SPLITS, N_TRAIN, N_TEST, FAR = 5, 128, 100, 10

@@ -33,7 +33,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from benchmarks.core import mean_rows, paired, row
+from benchmarks.data import DATA
+from benchmarks.measure import mean_rows, paired, row
 from uq import (
     GPClassifier,
     GPRegressor,
@@ -50,7 +51,6 @@ from uq.inference.pfn_priors import GPHyperPrior, GPPrior, rbf_covariance
 from uq.nn import PFN, load_pfn, preprocess
 
 Row = dict[str, Any]
-DATA = Path(os.environ.get("UQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RESULTS = Path(__file__).parent / "results"
 QUICK = bool(os.environ.get("UQ_BENCHMARK_QUICK"))
 # A run with tiny settings must not be taken for a part of a real one.

@@ -1,26 +1,30 @@
-"""Run a benchmark suite: ``python -m benchmarks.run core`` prints a table and writes JSON."""
+"""Run benchmark suites: ``python -m benchmarks.run speed`` prints tables and writes results.
+
+Suites of tasks (``uci-regression`` and others) fill ``results/SUITE.jsonl`` and go on where they
+stopped; the others measure all they have in one go and write ``results/SUITE.json``.
+``python -m benchmarks.run render`` makes ``RESULTS.md`` of what is there.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-SUITES = (
-    "core",
+from benchmarks import harness
+from benchmarks.measure import machine
+
+TASKS = ("uci-regression", "uci-classification", "images", "toys")
+WHOLE = (
+    "speed",
     "contract",
     "calibration",
     "vbll",
     "ivon",
-    "uci_regression",
-    "fashion",
     "nuts",
     "evidential",
     "sdm",
@@ -35,47 +39,57 @@ SUITES = (
     "large",
     "stress",
 )
-RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, str | int | None]:
-    """What the numbers were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("uq", "torch", "pyro-ppl", "scikit-learn")},
-    }
+def run_whole(suite: str, out: Path) -> None:
+    """Measure everything of a suite, print its tables and write its file."""
+    rows = import_module(f"benchmarks.{suite}").run()
+    table = pd.DataFrame(rows)
+    # A suite of several parts has a table for each, with the columns that it fills.
+    parts = table.groupby("part", sort=False) if "part" in table else [("", table)]
+    for _, part in parts:
+        print(part.dropna(axis=1, how="all").to_string(index=False), end="\n\n")
+    path = out / f"{suite}.json"
+    path.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+    print(f"wrote {path}")
 
 
 def main() -> None:
     """Run the suites that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "suites", nargs="+", choices=SUITES, metavar="SUITE", help=", ".join(SUITES)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of SUITE.json")
+    names = (*TASKS, *WHOLE, "render")
+    parser.add_argument("suites", nargs="+", choices=names, metavar="SUITE", help=", ".join(names))
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the results")
+    tasks = parser.add_argument_group("suites of tasks: " + ", ".join(TASKS))
+    tasks.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    tasks.add_argument("--budget", type=float, metavar="MINUTES", help="stop after this time")
+    tasks.add_argument("--methods", nargs="+", default=(), help="these alone")
+    tasks.add_argument("--sets", nargs="+", default=(), help="these alone")
+    tasks.add_argument("--splits", nargs="+", type=int, default=(), help="these alone")
+    tasks.add_argument("--again", action="store_true", help="also what has a row")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     for suite in args.suites:
-        rows = import_module(f"benchmarks.{suite}").run()
-        table = pd.DataFrame(rows)
-        # A suite of several parts has a table for each, with the columns that it fills.
-        parts = table.groupby("part", sort=False) if "part" in table else [("", table)]
-        for _, part in parts:
-            print(part.dropna(axis=1, how="all").to_string(index=False), end="\n\n")
-        out = args.out / f"{suite}.json"
-        out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
-        print(f"wrote {out}")
+        if suite == "render":
+            from benchmarks.page import render
+
+            print(f"wrote {render(args.out)}")
+        elif suite in TASKS:
+            harness.run(
+                suite,
+                args.out,
+                jobs=args.jobs,
+                budget=args.budget,
+                methods=args.methods,
+                sets=args.sets,
+                splits=args.splits,
+                again=args.again,
+            )
+        else:
+            run_whole(suite, args.out)
 
 
 if __name__ == "__main__":

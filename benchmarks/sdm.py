@@ -8,12 +8,10 @@ ConvNet, with MNIST, USPS and noise as OOD. Data is read from ``UQ_DATA`` or ``.
 from __future__ import annotations
 
 import copy
-import os
 import resource
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.core import mean_rows, paired, row
+from benchmarks.data import DATA
+from benchmarks.measure import mean_rows, paired, row
 from uq import MAPClassifier, SDMClassifier
 from uq.calibration import auroc, expected_calibration_error, fpr_at_tpr
 from uq.inference import match
@@ -33,7 +32,6 @@ SEEDS = range(3)
 QUERIES, SUPPORT, WIDTH, CLASSES = 10_000, 100_000, 64, 10
 PEER_QUERIES, PEER_CHUNK = 512, 128
 ALPHA = 0.9
-DATA = Path(os.environ.get("UQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 # -- speed and memory ----------------------------------------------------------------------------
 

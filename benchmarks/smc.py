@@ -7,13 +7,11 @@ are read from ``UQ_DATA`` or ``../shared/data`` and left out where there are non
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +20,14 @@ import torch
 from sklearn.datasets import make_moons
 from torch import Tensor, nn
 
-from benchmarks.core import paired, row
+from benchmarks.data import DATA
+from benchmarks.measure import paired, row
 from uq import MAPClassifier, MAPRegressor, PartialBNNClassifier, PartialBNNRegressor
 from uq.calibration import expected_calibration_error
 from uq.inference import RandomWalk, SMCSampler
 from uq.inference.resampling import SCHEMES, resample
 
 Row = dict[str, Any]
-DATA = Path(os.environ.get("UQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 UCI, SPLITS = ("yacht", "boston", "energy", "concrete"), 3
 MOON_SEEDS, REGRESSION_SEEDS = 8, 5
 # One run of the paper's own code, of which the published means are (100 runs).

@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.core import paired, row
+from benchmarks.measure import paired, row
 from uq import SSVIClassifier
 from uq.inference import SSVI, SparsePosterior
 from uq.nn import CategoricalLikelihood, Network

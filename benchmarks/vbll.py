@@ -11,7 +11,7 @@ import torch
 import vbll
 from torch import Tensor, nn
 
-from benchmarks.core import paired, row
+from benchmarks.measure import paired, row
 from uq import MAPClassifier, MAPRegressor, VBLLClassifier, VBLLRegressor
 from uq.inference import post_train
 from uq.nn import ConvNet, VBLLClassification, VBLLRegression

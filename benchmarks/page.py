@@ -1,0 +1,602 @@
+"""``RESULTS.md`` and its plots from the rows in ``results/`` alone: no number is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks import harness
+from benchmarks.claims import CLAIMS, NotRun, Results
+from benchmarks.harness import Suite, suite_of
+from benchmarks.ranks import Ranking, average_ranks, common_splits, draw
+from benchmarks.run import TASKS
+from uq.models.registry import METHODS
+
+Lines = list[str]
+OURS = {m.name for m in METHODS.values()}
+# Share of sets that makes a clear majority, and what a mean 90 % coverage may be.
+MAJORITY, COVERAGE = 2 / 3, (0.85, 0.95)
+# A fit that takes at most this many times MAP's is cheap, and one beyond the second dear.
+CHEAP, DEAR = 2.0, 10.0
+# Share of the methods that are among the best in rank.
+BEST = 1 / 4
+
+NAMES = {
+    "nll": "NLL (nats)",
+    "crps": "CRPS (target units)",
+    "rmse": "RMSE (target units)",
+    "coverage_90": "coverage of the 90 % interval",
+    "quantile_error": "quantile calibration error",
+    "brier": "Brier score",
+    "ece_debiased": "ECE, top label, debiased",
+    "accuracy": "accuracy",
+    "auroc_errors": "AUROC of errors by confidence",
+    "excess_nll": "NLL above the truth's (nats)",
+    "distance": "distance to the reference posterior predictive",
+    "spread": "epistemic spread over the reference's",
+}
+# What is best: the least, the most, or the nearest to a value.
+HIGH = ("accuracy", "auroc")
+NEAR = {"coverage_90": 0.9, "spread": 1.0}
+METRICS = {
+    "uci-regression": ("nll", "crps", "rmse", "coverage_90", "quantile_error"),
+    "uci-classification": ("nll", "brier", "ece_debiased", "accuracy", "auroc_errors"),
+    "images": ("nll", "brier", "ece_debiased", "accuracy", "auroc_errors"),
+    "toys": ("excess_nll", "distance", "spread"),
+}
+RANKED = {
+    "uci-regression": ("nll", "crps"),
+    "uci-classification": ("nll", "brier"),
+}
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def newest(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """Last row of each task, of the arguments that a method had last on a set."""
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table
+    table = table.drop_duplicates(["set", "split", "method"], keep="last")
+    last = table.groupby(["set", "method"])["key"].transform("last")
+    return table[table["key"] == last]
+
+
+def good(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows without an error."""
+    return table[table["error"].isna()] if "error" in table else table
+
+
+def in_order(table: pd.DataFrame, suite: Suite) -> pd.DataFrame:
+    """Methods as rows and sets as columns, in the order of the suite."""
+    rows = [m for m in suite.methods if m in table.index]
+    return table.loc[rows, [s for s in suite.sets if s in table.columns]]
+
+
+# -- Markdown --------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Lines:
+    """A table."""
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def folded(title: str, lines: Lines) -> Lines:
+    """Lines that are shown on a click."""
+    return [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    if not np.isfinite(value):
+        return "∞" if value > 0 else "–"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def with_error(mean: float, error: float) -> str:
+    """A mean, to the second digit of its standard error."""
+    if not np.isfinite(error) or not np.isfinite(mean):
+        return number(mean)
+    if error == 0:
+        return f"{mean:.3g} ± 0"
+    digits = max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def metric_table(table: pd.DataFrame, suite: Suite, metric: str) -> Lines:
+    """Mean ± standard error over splits, methods × sets; the best of a set is bold."""
+    if metric not in table or table[metric].notna().sum() == 0:
+        return ["No rows yet.", ""]
+    groups = table.pivot_table(
+        index="method", columns="set", values=metric, aggfunc=["mean", "sem", "count"]
+    )
+    mean, count = (in_order(groups[k], suite) for k in ("mean", "count"))
+    error = groups["sem"].reindex_like(mean) if "sem" in groups else mean * np.nan
+    most = count.max()
+    worse = (mean - NEAR[metric]).abs() if metric in NEAR else mean
+    best = worse.max() if metric.startswith(HIGH) else worse.min()
+    rows = []
+    for method in mean.index:
+        cells = [method if method in OURS else f"*{method}*"]
+        for name in mean.columns:
+            n = count.at[method, name]
+            if not n > 0:
+                cells.append("")
+                continue
+            cell = with_error(mean.at[method, name], error.at[method, name])
+            if worse.at[method, name] == best[name]:
+                cell = f"**{cell}**"
+            cells.append(cell if n == most[name] else f"{cell} ({n:.0f})")
+        rows.append(cells)
+    return markdown(["", *(f"{s} ({most[s]:.0f})" for s in mean.columns)], rows)
+
+
+# -- parts of the page -----------------------------------------------------------------------------
+
+
+def command(suite: str) -> str:
+    return f"`python -m benchmarks.run {suite} --jobs 2`"
+
+
+def suite_lines(suite: Suite, table: pd.DataFrame, plots: Path) -> Lines:
+    """Tables of all metrics, ranks, times, errors and what is left out."""
+    rows = good(table) if len(table) else table
+    planned = sum(1 for _ in suite.tasks())
+    lines = [
+        (import_module(f"benchmarks.{suite.name.replace('-', '_')}").__doc__ or "").strip(),
+        "",
+        f"Made by {command(suite.name)}; {len(table)} of {planned} planned rows are there. "
+        "Mean ± standard error over splits; the number of splits stands beside the set, and "
+        "beside a cell that has fewer. Bold is the best mean of a set, italic is a peer.",
+        "",
+    ]
+    if not len(rows):
+        return [*lines, "No rows yet.", ""]
+    first, *others = METRICS[suite.name]
+    lines += [f"### {NAMES[first]}", "", *metric_table(rows, suite, first)]
+    for metric in others:
+        lines += folded(NAMES[metric], metric_table(rows, suite, metric))
+    for metric in RANKED.get(suite.name, ()):
+        lines += rank_lines(rows, suite.name, metric, plots)
+    if suite.name == "images":
+        lines += strange_lines(rows, suite)
+    lines += [*time_lines(rows, suite), *error_lines(table), *left_out_lines(suite)]
+    return lines
+
+
+def rank_lines(rows: pd.DataFrame, suite: str, metric: str, plots: Path) -> Lines:
+    """Average ranks: of the methods that ran on all sets, and on sets that all methods ran on."""
+    lines = [f"### Average ranks, {NAMES[metric]}", ""]
+    for everywhere, title in (
+        (True, "methods that ran on every set"),
+        (False, "all methods, on the sets that all of them ran on"),
+    ):
+        ranking = average_ranks(rows, metric, everywhere=everywhere)
+        if ranking is None:
+            lines += [f"{title.capitalize()}: fewer than two sets or methods yet.", ""]
+            continue
+        name = f"ranks_{suite}_{metric}_{'every' if everywhere else 'common'}.png"
+        draw(ranking, f"{NAMES[metric]}: {title}", plots / name)
+        splits = ", ".join(f"{s} ({n})" for s, n in ranking.n_splits.items())
+        lines += [
+            f"{title.capitalize()}: {len(ranking.ranks)} methods, {ranking.n_sets} sets, means "
+            f"over the splits that all of them have: {splits}. Bars join methods whose ranks "
+            f"differ by less than the critical difference {ranking.critical:.2f} (Nemenyi, 5 %).",
+            "",
+            f"![{NAMES[metric]}, {title}](results/plots/{name})",
+            "",
+        ]
+    return lines
+
+
+def strange_lines(rows: pd.DataFrame, suite: Suite) -> Lines:
+    """AUROC of strange images, and NLL on rotated ones."""
+    lines: Lines = ["### Strange and rotated images", ""]
+    for metric in rows.columns:
+        of_kind = metric.startswith("auroc_") and metric != "auroc_errors"
+        if of_kind:
+            lines += folded(f"AUROC: {metric[6:]}", metric_table(rows, suite, metric))
+        elif metric.startswith("nll_"):
+            lines += folded(f"NLL, rotated by {metric[4:]}", metric_table(rows, suite, metric))
+    return lines
+
+
+def relative_cost(rows: pd.DataFrame, column: str, method: str) -> float:
+    """Geometric mean over sets of a method's seconds over MAP's."""
+    means = rows.pivot_table(index="set", columns="method", values=column)
+    if method not in means or "MAP" not in means:
+        return float("nan")
+    return float(np.exp(np.log(means[method] / means["MAP"]).mean()))
+
+
+def time_lines(rows: pd.DataFrame, suite: Suite) -> Lines:
+    """CPU seconds to fit, seconds to predict, memory."""
+    found = []
+    for method in suite.methods:
+        part = rows[rows["method"] == method]
+        if not len(part) or part["fit_cpu_seconds"].max() < 0.001:  # published: nothing ran
+            continue
+        per_row = 1e6 * part["predict_seconds"] / part["n_test"]
+        found.append(
+            [
+                method if method in OURS else f"*{method}*",
+                number(part["fit_cpu_seconds"].median()),
+                number(part["fit_cpu_seconds"].max()),
+                number(relative_cost(rows, "fit_cpu_seconds", method)),
+                number(per_row.median()),
+                number(part["peak_mb"].max()),
+            ]
+        )
+    header = ["", "fit, CPU s, median", "most", "over MAP's", "predict, µs a row", "peak, MiB"]
+    text = "One thread; CPU seconds, which other work on the machine changes less than the clock."
+    return ["### Time and memory", "", text, "", *markdown(header, found)]
+
+
+def error_lines(table: pd.DataFrame) -> Lines:
+    """What failed."""
+    if "error" not in table or table["error"].isna().all():
+        return ["No task failed.", ""]
+    failed = table[table["error"].notna()]
+    rows = [
+        [method, ", ".join(f"{s} {i}" for s, i in zip(p["set"], p["split"], strict=True)), error]
+        for (method, error), p in failed.groupby(["method", "error"])
+    ]
+    cleaned = [[m, s, str(e).replace("|", "\\|").replace("\n", " ")] for m, s, e in rows]
+    return ["### Failed", "", *markdown(["method", "set and split", "error"], cleaned)]
+
+
+def left_out_lines(suite: Suite) -> Lines:
+    """What is not run, and why; a set is followed by the first split that is left out."""
+    reasons: dict[tuple[str, str], dict[str, int]] = {}
+    for method in suite.methods:
+        for name, n_splits in suite.sets.items():
+            for split in range(n_splits):
+                if reason := suite.left_out(name, method, split):
+                    reasons.setdefault((method, reason), {}).setdefault(name, split)
+    rows = [
+        [m, ", ".join(f"{s} from split {i}" if i else s for s, i in sets.items()), reason]
+        for (m, reason), sets in reasons.items()
+    ]
+    return folded("Not run, and why", markdown(["method", "sets", "reason"], rows)) if rows else []
+
+
+# -- defaults --------------------------------------------------------------------------------------
+
+
+def against_map(rows: pd.DataFrame, method: str) -> pd.DataFrame:
+    """NLL of a method and of MAP by set, over the splits that both have."""
+    part = rows[rows["method"].isin((method, "MAP"))]
+    found = common_splits(part, "nll").groupby(level="set", sort=False).mean()
+    return found.dropna() if {method, "MAP"} <= set(found.columns) else pd.DataFrame()
+
+
+def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
+    """Each estimator out of the box against MAP out of the box."""
+    low, high = COVERAGE
+    lines = [
+        "Out of the box on tables, by one rule: an NLL at least as good as MAP's (means over "
+        f"common splits) on {MAJORITY:.0%} of the sets or more, and 90 % intervals that hold "
+        f"{low:.0%} to {high:.0%} on average.",
+        "",
+    ]
+    rows = []
+    for suite in ("uci-regression", "uci-classification"):
+        table = good(tables[suite]) if len(tables[suite]) else tables[suite]
+        for method in suite_of(suite).methods:
+            if method not in OURS or method == "MAP" or not len(table):
+                continue
+            pairs = against_map(table, method)
+            if pairs.empty:
+                continue
+            won = int((pairs[method] <= pairs["MAP"]).sum())
+            verdicts = [won >= MAJORITY * len(pairs)]
+            cells = [suite, method, f"{won}/{len(pairs)}", "yes" if verdicts[0] else "**no**"]
+            if suite == "uci-regression":
+                by_set = table[table["method"] == method].groupby("set")["coverage_90"].mean()
+                held = low <= by_set.mean() <= high
+                cells += [f"{by_set.mean():.1%}", "yes" if held else "**no**"]
+            else:
+                cells += ["", ""]
+            rows.append(cells)
+    header = ["suite", "estimator", "sets as good as MAP", "", "coverage of 90 %", ""]
+    return [*lines, *(markdown(header, rows) if rows else ["No rows yet.", ""])]
+
+
+# -- when to pick which ----------------------------------------------------------------------------
+
+
+def standing(rows: pd.DataFrame, suite: str, method: str, what: str) -> tuple[str, Ranking | None]:
+    """A sentence on the rank of a method in a suite."""
+    for everywhere in (True, False):
+        ranking = average_ranks(rows, "nll", everywhere=everywhere) if len(rows) else None
+        if ranking is not None and method in ranking.ranks:
+            rank, k = ranking.ranks[method], len(ranking.ranks)
+            place = int((ranking.ranks < rank).sum()) + 1
+            behind = rank - ranking.ranks.iloc[0]
+            among = (
+                "not told from the best"
+                if behind <= ranking.critical
+                else "significantly behind the best"
+            )
+            text = (
+                f"{what}: place {place} of {k} in NLL (average rank {rank:.1f} over "
+                f"{ranking.n_sets} sets; {among})."
+            )
+            return text, ranking
+    return f"{what}: not ranked (no set on which it and the others ran).", None
+
+
+def advice_lines(tables: dict[str, pd.DataFrame]) -> Lines:
+    """A paragraph for each method, of sentences whose numbers are looked up."""
+    rows = {name: good(t) if len(t) else t for name, t in tables.items()}
+    lines: Lines = []
+    for method in METHODS.values():
+        text, picks = [], []
+        for suite, what in (("uci-regression", "Regression"), ("uci-classification", "Classes")):
+            table = rows[suite]
+            if len(table) and (table["method"] == method.name).any():
+                sentence, ranking = standing(table, suite, method.name, what)
+                text.append(sentence)
+                if ranking is not None:
+                    place = (ranking.ranks < ranking.ranks[method.name]).sum() + 1
+                    if place <= BEST * len(ranking.ranks):
+                        picks.append(f"the NLL of {what.lower()}")
+        text += _coverage_sentence(rows["uci-regression"], method.name, picks)
+        text += _ece_sentence(rows["uci-classification"], method.name, picks)
+        text += _image_sentence(rows["images"], method.name, picks)
+        text += _toy_sentence(rows["toys"], method.name, picks)
+        text += _cost_sentence(rows, method.name, picks)
+        if not text:
+            text = ["no rows yet."]
+        elif picks:
+            text.append(f"Pick it for {', '.join(picks)}.")
+        else:
+            text.append("Nothing measured here speaks for it over the others.")
+        lines += [f"**{method.name}** ({method.cost}). " + " ".join(text), ""]
+    return lines
+
+
+def _coverage_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
+    part = rows[rows["method"] == method] if len(rows) else rows
+    if not len(part):
+        return []
+    by_set = part.groupby("set")["coverage_90"].mean()
+    low, high = COVERAGE
+    if low <= by_set.mean() <= high:
+        picks.append("intervals as they are")
+        verdict = "calibrated enough to use as they are"
+    else:
+        verdict = "conformalise them" if by_set.mean() < low else "wider than they need be"
+    return [
+        f"Its 90 % intervals hold {by_set.mean():.0%} on average, {by_set.min():.0%} to "
+        f"{by_set.max():.0%} by set: {verdict}."
+    ]
+
+
+def _best_by_set(rows: pd.DataFrame, metric: str, method: str) -> tuple[float, float] | None:
+    """Means over sets of a method and of MAP, on splits that both have."""
+    if metric not in rows:
+        return None
+    table = common_splits(rows[rows["method"].isin((method, "MAP"))], metric)
+    found = table.groupby(level="set").mean().mean()
+    return (found[method], found["MAP"]) if {method, "MAP"} <= set(found.index) else None
+
+
+def _ece_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
+    pair = _best_by_set(rows, "ece_debiased", method) if len(rows) else None
+    if pair is None or method == "MAP":
+        return []
+    if pair[0] < pair[1]:
+        picks.append("calibrated class probabilities")
+    return [f"Mean debiased ECE {pair[0]:.3f}, MAP's {pair[1]:.3f}."]
+
+
+def _image_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
+    if not len(rows) or method == "MAP":
+        return []
+    kinds = [c for c in rows if c.startswith("auroc_") and c != "auroc_errors"]
+    pairs = [p for c in kinds if (p := _best_by_set(rows, c, method))]
+    if not pairs:
+        return []
+    ours, theirs = np.mean(pairs, axis=0)
+    if ours > theirs:
+        picks.append("finding strange images")
+    return [f"Strange images: mean AUROC {ours:.3f}, MAP's {theirs:.3f}."]
+
+
+def _toy_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
+    if not len(rows) or "distance" not in rows or not (rows["method"] == method).any():
+        return []
+    means = rows.pivot_table(index="method", columns="set", values="distance")
+    order = means.rank().mean(axis=1)
+    place = int((order < order[method]).sum()) + 1
+    if place <= BEST * len(order):
+        picks.append("nearness to the exact posterior")
+    return [f"Distance to the exact or NUTS predictive: place {place} of {len(order)} on toys."]
+
+
+def _cost_sentence(rows: dict[str, pd.DataFrame], method: str, picks: list[str]) -> list[str]:
+    ratios = [
+        r
+        for suite in ("uci-regression", "uci-classification")
+        if len(rows[suite])
+        and np.isfinite(r := relative_cost(rows[suite], "fit_cpu_seconds", method))
+    ]
+    if not ratios or method == "MAP":
+        return []
+    ratio = float(np.exp(np.mean(np.log(ratios))))
+    if ratio <= CHEAP:
+        picks.append("a small budget")
+    size = "cheap" if ratio <= CHEAP else "dear" if ratio > DEAR else "moderate"
+    return [f"A fit takes {number(ratio)} times MAP's CPU time ({size})."]
+
+
+# -- papers, speed, calibration --------------------------------------------------------------------
+
+
+def shown(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in values.items())
+
+
+def claim_lines(results: Results) -> Lines:
+    """A table a method: what its paper claims, and what was found here."""
+    lines: Lines = []
+    for method in dict.fromkeys(c.method for c in CLAIMS):
+        rows = []
+        for c in (c for c in CLAIMS if c.method == method):
+            try:
+                ours = c.ours(results)
+            except NotRun:
+                rows.append([c.claim, c.source, c.setting, "not run", "", "not run"])
+                continue
+            try:
+                theirs = c.reference(results) if c.reference else {}
+                held = c.holds(ours, theirs)
+                verdict = (
+                    "holds"
+                    if held
+                    else "**does not hold**" + (f": {c.why_not}" if c.why_not else "")
+                )
+                reference = shown(theirs)
+            except NotRun:
+                verdict, reference = "not run", "not run"
+            rows.append([c.claim, c.source, c.setting, shown(ours), reference, verdict])
+        header = ["claim", "source", "setting here", "ours", "reference", "holds"]
+        lines += [f"### {method}", "", *markdown(header, rows)]
+    return lines
+
+
+def speed_lines(whole: dict[str, list[dict[str, Any]]]) -> Lines:
+    """All ratios against peers that were measured in one run."""
+    rows = []
+    for suite, found in whole.items():
+        for r in found:
+            if "benchmark" not in r or r.get("ratio") is None or "target" not in r:
+                continue
+            met = {True: "yes", False: "**no**"}.get(r.get("met"), "")
+            span = ""
+            if r.get("ratio_min") is not None:
+                span = f"{number(r['ratio_min'])} to {number(r['ratio_max'])}"
+            rows.append([suite, r["benchmark"], number(r["ratio"]), span, r["target"], met])
+    header = ["suite", "benchmark", "ratio", "range", "target", "met"]
+    n = sum(row[-1] == "yes" for row in rows)
+    return [
+        f"Ratios of alternating repeats in one process, {n} of {len(rows)} within their target; "
+        "made by `python -m benchmarks.run SUITE`.",
+        "",
+        *folded("All ratios", markdown(header, rows)),
+    ]
+
+
+def calibration_lines(rows: list[dict[str, Any]]) -> Lines:
+    """Do the intervals of the metrics hold, and do libraries agree?"""
+    table = pd.DataFrame(rows)
+    if "part" not in table:
+        return ["No rows yet.", ""]
+    lines = ["Made by `python -m benchmarks.run calibration`.", ""]
+    nominal = table[table["part"] == "nominal rate"]
+    if len(nominal):
+        by_kind = nominal.groupby(["simulation", "n"])["coverage"].agg(["min", "mean", "count"])
+        cells = [
+            [s, f"{n:.0f}", f"{r['count']:.0f}", f"{r['mean']:.1%}", f"{r['min']:.1%}"]
+            for (s, n), r in by_kind.iterrows()
+        ]
+        header = ["simulation", "rows", "metrics", "95 % intervals that hold, mean", "least"]
+        lines += markdown(header, cells)
+    agreed = table[table["part"] == "agreement"]
+    if len(agreed):
+        same = int((agreed["reason"] == "").sum())
+        other = agreed[agreed["reason"] != ""]
+        lines += [
+            f"{same} of {len(agreed)} metrics are those of the other library on the same rows.",
+            "",
+        ]
+        cells = other[["metric", "library", "ours", "theirs", "reason"]].to_numpy().tolist()
+        lines += markdown(["metric", "library", "ours", "theirs", "why not the same"], cells)
+    return lines
+
+
+def spent_lines(tables: dict[str, pd.DataFrame], sizes: dict[str, str]) -> Lines:
+    """Hours by suite, and where and with what they were spent."""
+    rows = []
+    for name, table in tables.items():
+        if not len(table):
+            rows.append([name, 0, "", "", command(name)])
+            continue
+        hours = table["task_seconds"].sum() / 3600
+        by_method = table.groupby("method")["task_seconds"].sum().sort_values(ascending=False)
+        most = ", ".join(
+            f"{m} {s / table['task_seconds'].sum():.0%}" for m, s in by_method.head(4).items()
+        )
+        rows.append([name, len(table), f"{hours:.2f}", most, command(name)])
+    lines = markdown(["suite", "rows", "hours, summed over processes", "most", "command"], rows)
+    every = (
+        pd.concat([t for t in tables.values() if len(t)])
+        if any(map(len, tables.values()))
+        else None
+    )
+    if every is not None:
+        names = ("cpu", "cores", "threads", "python", "torch", "pyro-ppl", "scikit-learn", "code")
+        said = [
+            f"{name}: {', '.join(sorted(map(str, every[name].dropna().unique())))}"
+            for name in (*names, "date")
+            if name in every
+        ]
+        lines += ["Rows were measured with " + "; ".join(said) + ".", ""]
+    if sizes:
+        lines += ["The other suites were measured on " + "; ".join(sizes.values()) + ".", ""]
+    return lines
+
+
+def render(out: Path = harness.RESULTS) -> Path:
+    """Write ``RESULTS.md`` beside the folder of results, and its plots into the folder."""
+    plots = out / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    tables = {name: newest(harness.read(out / f"{name}.jsonl")) for name in TASKS}
+    files = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json"))}
+    whole = {name: found["results"] for name, found in files.items()}
+    results = Results(whole, {n: good(t) if len(t) else t for n, t in tables.items()})
+    machines = {
+        json.dumps(f["machine"], sort_keys=True): ", ".join(
+            f"{k} {v}" for k, v in f["machine"].items()
+        )
+        for f in files.values()
+    }
+    lines = [
+        "# Results",
+        "",
+        "Every method against its paper, and against what a user would pick instead. This page is "
+        "made of the rows in [results](results) by `python -m benchmarks.run render`; no number "
+        "in it is typed.",
+        "",
+    ]
+    parts: dict[str, Callable[[], Lines]] = {
+        "When to pick which": lambda: advice_lines(tables),
+        "Defaults": lambda: default_lines(tables),
+        **{
+            title: lambda name=name: suite_lines(suite_of(name), tables[name], plots)
+            for title, name in (
+                ("UCI regression", "uci-regression"),
+                ("UCI classification", "uci-classification"),
+                ("Images", "images"),
+                ("Toys with a known truth", "toys"),
+            )
+        },
+        "Paper rows": lambda: claim_lines(results),
+        "Speed against peers": lambda: speed_lines(whole),
+        "Calibration": lambda: calibration_lines(whole.get("calibration", [])),
+        "Compute": lambda: spent_lines(tables, machines),
+    }
+    for title, part in parts.items():
+        lines += [f"## {title}", "", *part()]
+    page = out.parent / "RESULTS.md"
+    page.write_text("\n".join(lines).rstrip() + "\n")
+    return page
