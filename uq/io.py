@@ -81,7 +81,7 @@ def save(model: BaseEstimator, path: str | Path) -> None:
 
 
 def load(path: str | Path, *, module: Any = None) -> Any:
-    """Load a model written by :meth:`save`.
+    """Load a model written by :meth:`uq.models.base.Estimator.save`.
 
     Parameters
     ----------
