@@ -1,9 +1,9 @@
 """Prior-data fitted networks: distance from exact posteriors, real tables, bias, and speed.
 
-Three small networks are trained here first (a GP with known hyper-parameters within ten minutes on
-two cores, a GP with random ones, coins); the rest is measured on the weights that come with the
-package. The run is resumable: networks are kept as ``pfn.*.partial.safetensors`` and finished parts
-in ``pfn.partial.jsonl`` beside the results until all are there. ``UQ_BENCHMARK_QUICK=1`` goes
+Four small networks are trained here first (a GP with known hyper-parameters within ten minutes on
+two cores, a GP with random ones, coins, a linear model); the rest is measured on the weights that
+come with the package. The run is resumable: networks are kept as ``pfn.*.partial.safetensors`` and
+finished parts in ``pfn.partial.jsonl`` beside the results until all are there. ``UQ_BENCHMARK_QUICK=1`` goes
 through all of it with tiny settings, for a look at the code and not at the numbers.
 """
 
@@ -88,6 +88,21 @@ coins.max_features, coins.max_classes = 1, 2  # type: ignore[attr-defined]
 coins.scaled = False  # type: ignore[attr-defined]
 
 
+WEIGHT_SCALE, NOISE = 1.0, 0.3
+
+
+def linear(batch: int, n: int, d: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Bayesian linear regression: y = wᵀx + ε, w ∼ N(0, τ²I), x uniform on [−1, 1]^d."""
+    x = 2 * torch.rand(batch, n, d, generator=generator) - 1
+    w = WEIGHT_SCALE * torch.randn(batch, d, 1, generator=generator)
+    return x, (x @ w)[..., 0] + NOISE * torch.randn(batch, n, generator=generator)
+
+
+linear.task = "regression"  # type: ignore[attr-defined]
+linear.max_features = 2  # type: ignore[attr-defined]
+linear.scaled = False  # type: ignore[attr-defined]
+
+
 def trained(name: str, train: Callable[..., Any]) -> tuple[PFN, dict[str, Any]]:
     """A network of this benchmark: read, if it is there, else trained (and resumed)."""
     out = RESULTS / f"{STEM}.{name}.partial.safetensors"
@@ -123,6 +138,12 @@ def coin_network() -> tuple[PFN, dict[str, Any]]:
     return trained("coins", lambda **o: pretrain_pfn(coins, steps=steps, **sizes, **o))
 
 
+def linear_network() -> tuple[PFN, dict[str, Any]]:
+    sizes: dict[str, Any] = {"d_model": 48, "n_layers": 4}
+    steps = 50 if QUICK else 4000
+    return trained("linear", lambda **o: pretrain_pfn(linear, steps=steps, **sizes, **o))
+
+
 def cost(meta: dict[str, Any]) -> Row:
     run = meta["runs"][-1]
     return {k: run[k] for k in ("steps", "seconds", "cpu_seconds", "threads") if k in run}
@@ -155,24 +176,60 @@ def gp_part() -> list[Row]:
 
 
 def coin_part() -> list[Row]:
-    """P(y = 1 | k of n) = (k + 1) / (n + 2)."""
+    """P(y = 1 | k of n) = (k + 1) / (n + 2), and it is a martingale: Σ_y q(y) q(1 | y) = q(1)."""
     model, meta = coin_network()
+
+    def q(n: int, k: int) -> float:
+        y = (torch.arange(n) < k).long()[None]
+        x = torch.zeros(1, n, 1)
+        prepared = preprocess(x, y, torch.zeros(1, 1, 1), model.config)[:3]
+        with torch.no_grad():
+            return float(torch.softmax(model(*prepared)[0, 0], -1)[1])
+
     rows: list[Row] = []
     for n in (0, 1, 2, 5, 10, 20):
-        errors = []
-        for k in range(n + 1):
-            y = (torch.arange(n) < k).long()[None]
-            x = torch.zeros(1, n, 1)
-            prepared = preprocess(x, y, torch.zeros(1, 1, 1), model.config)[:3]
-            with torch.no_grad():
-                p = torch.softmax(model(*prepared)[0, 0], -1)[1]
-            errors.append(abs(float(p) - (k + 1) / (n + 2)))
+        error = max(abs(q(n, k) - (k + 1) / (n + 2)) for k in range(n + 1))
         rows.append(
-            {"part": "Beta(1, 1)-Bernoulli", "n": n, "largest_error": round(max(errors), 4)}
-            | {"target": "<= 0.03", "met": max(errors) <= 0.03}
+            {"part": "Beta(1, 1)-Bernoulli", "n": n, "largest_error": round(error, 4)}
+            | {"target": "<= 0.03", "met": error <= 0.03}
+        )
+    for n in range(6):
+        seen = [(q(n, k), q(n + 1, k), q(n + 1, k + 1)) for k in range(n + 1)]
+        error = max(abs((1 - p) * tails + p * heads - p) for p, tails, heads in seen)
+        rows.append(
+            {"part": "Tower property, Beta(1, 1)-Bernoulli", "n": n}
+            | {"largest_error": round(error, 4), "target": "<= 0.03", "met": error <= 0.03}
         )
     rows[-1] |= cost(meta)
     return rows
+
+
+def linear_part() -> list[Row]:
+    """Mean xᵀA⁻¹Xᵀy/σ² and variance σ² + xᵀA⁻¹x with A = XᵀX/σ² + I/τ², in two columns."""
+    model, meta = linear_network()
+    assert model.borders is not None
+    rows: list[Row] = []
+    for n in (0, 1, 2, 5, 10, 20, 40):
+        generator = torch.Generator().manual_seed(n)
+        x, y = linear(100 if QUICK else 2000, n + 4, 2, generator)
+        context, query = x[:, :n].double(), x[:, n:].double()
+        a = context.mT @ context / NOISE**2 + torch.eye(2).double() / WEIGHT_SCALE**2
+        weights = torch.linalg.solve(a, context.mT @ y[:, :n, None].double()) / NOISE**2
+        spread = (query.mT * torch.linalg.solve(a, query.mT)).sum(1)
+        exact = torch.distributions.Normal(
+            (query @ weights)[..., 0], (NOISE**2 + spread).sqrt()
+        ).log_prob(y[:, n:].double())
+        prepared = preprocess(x[:, :n], y[:, :n], x[:, n:], model.config)[:3]
+        with torch.no_grad():
+            bars = BarDistribution(model(*prepared).double(), model.borders)
+        gap = (exact - bars.log_prob(y[:, n:].double())).mean(1)
+        rows.append(
+            {"part": "Bayesian linear regression", "n": n, "exact_nll": -float(exact.mean())}
+            | {"gap": float(gap.mean()), "gap_se": standard_error(gap)}
+            | {"target": "<= 0.05", "met": float(gap.mean()) <= 0.05}
+        )
+    rows[-1] |= cost(meta)
+    return [{k: round(v, 4) if type(v) is float else v for k, v in r.items()} for r in rows]
 
 
 def mixture_losses(x: Tensor, y: Tensor, n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -589,6 +646,7 @@ def memory() -> Row:
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "coins": coin_part,
+    "linear": linear_part,
     "gp": gp_part,
     "hyper": hyper_part,
     "speed": speed_part,
