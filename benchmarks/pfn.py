@@ -3,7 +3,8 @@
 Four small networks are trained here first (a GP with known hyper-parameters within ten minutes on
 two cores, a GP with random ones, coins, a linear model); the rest is measured on the weights that
 come with the package. The run is resumable: networks are kept as ``pfn.*.partial.safetensors`` and
-finished parts in ``pfn.partial.jsonl`` beside the results until all are there. ``UQ_BENCHMARK_QUICK=1`` goes
+finished parts in ``pfn.partial.jsonl`` beside the results until all are there.
+``UQ_BENCHMARK_QUICK=1`` goes
 through all of it with tiny settings, for a look at the code and not at the numbers.
 """
 
