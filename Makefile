@@ -40,7 +40,10 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m benchmarks.run core
+# torchvision, which it asks for and does not use, breaks torchmetrics beside a torch without CUDA.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+		laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops unfoldNd
+	$(BIN)/python -m benchmarks.run speed
 
 tutorials: $(VENV)/.installed-dev
 	$(BIN)/python -m tutorials.run

@@ -261,9 +261,8 @@ def run(
         for unknown in set(asked) - set(known):
             raise SystemExit(f"{name}: {kind} {unknown!r} is unknown; choose from {list(known)}.")
     path = out / f"{name}.jsonl"
-    settings = {
-        (s, m): settings_of(method, s) for s in suite.sets for m, method in suite.methods.items()
-    }
+    pairs = {(t.set, t.method) for t in suite.tasks()}
+    settings = {(s, m): settings_of(suite.methods[m], s) for s, m in pairs}
     done = set() if again else {(r["set"], r["split"], r["method"], r["key"]) for r in read(path)}
     chosen = [
         t
