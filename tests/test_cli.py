@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from uq.cli import commands, doctor, main, outputs
+from uq.cli.budget import ORDER, affordable
 from uq.cli.parser import parser
 from uq.data import load_dataset
 from uq.errors import FitInterruptedWarning
@@ -533,6 +534,44 @@ def test_every_command_shows_examples_that_parse(capsys):
             assert parser().parse_args(argv).handler
 
 
+def test_a_budget_takes_methods_by_worth_until_it_is_spent():
+    every = list(METHODS)
+    assert set(ORDER) == set(every)
+    most = affordable(every, n_rows=100, map_seconds=1.0, budget=1e6)
+    assert (most.names, most.left_out) == (list(ORDER), {})
+    few = affordable(every, n_rows=100, map_seconds=1.0, budget=6.0)
+    assert few.names == ["map", "vbll", "pfn", "abnn"]  # 1 + 3 + 0.5 + 1.5
+    assert few.left_out["ensemble"] == "about 4.5 s"
+    both = affordable(every, n_rows=100, map_seconds=1.0, budget=4.5, jobs=2)
+    assert both.names == ["map", "vbll", "pfn", "ensemble"]
+    assert affordable(["nuts"], n_rows=100, map_seconds=9.0, budget=1.0).names == ["nuts"]
+    large = affordable(every, n_rows=10**6, map_seconds=1.0, budget=1e6).left_out
+    assert large == dict.fromkeys(("masked", "nuts"), "each step takes all 1,000,000 rows")
+
+
+def test_compare_in_a_budget_says_what_it_left_out(capsys):
+    argv = ["compare", "flats.csv", "--target", "price", "--max-epochs", "2", "--json"]
+    assert main([*argv, "--methods", "map,nuts,vbll", "--budget", "0.01s"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert set(document["methods"]) == {"map"}
+    assert "nuts: left out, about " in err
+    assert set(document["notes"]["left out for want of time"]) == {"vbll", "nuts"}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("60s", 60), ("5min", 300), ("1.5h", 5400)]
+)
+def test_times(text, seconds):
+    assert parser().parse_args(["compare", "x.csv", "--budget", text]).budget == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "-1s", "0", "infs", "5 weeks"])
+def test_times_that_are_none(capsys, text):
+    assert main(["compare", "flats.csv", "--target", "price", f"--budget={text}"]) == 2
+    assert "needs a time such as 60s, 5min or 1h" in capsys.readouterr().err
+
+
 def test_doctor_says_what_is_installed_and_that_it_works(capsys):
     assert main(["doctor", "--json"]) == 0
     found = {line["name"]: line for line in json.loads(capsys.readouterr().out)}
@@ -639,3 +678,47 @@ def test_hostile_names_on_the_terminal(tmp_path, capsys):
     main(["fit", str(tmp_path / "t.csv"), "--target", name + "!", "--method", "map", "--out", "m"])
     shown = capsys.readouterr()
     assert all(c == "\n" or c.isprintable() for c in shown.out + shown.err)
+
+
+# -- several methods at a time ---------------------------------------------------------------------
+
+
+def test_compare_in_processes_gives_the_same_numbers(capsys):
+    argv = ["compare", "flats.csv", "--target", "price", "--methods", "map,vbll,ivon", "--json"]
+    argv += ["--max-epochs", "2", "--ood", "flats.csv"]
+    found = []
+    for more in ([], ["--jobs", "2"]):
+        assert main([*argv, *more, "--quiet"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        document["notes"].pop("seconds to predict")
+        for row in document["ranking"]:
+            row.pop("seconds")
+        found.append(document)
+    assert found[1]["notes"].pop("methods fitted at a time") == 2
+    assert found[0]["methods"].keys() == found[1]["methods"].keys()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_error_of_one_method_names_it(jobs):
+    pd.DataFrame({"a": [0.0, 1.0, 2.0, 3.0], "b": [0.0, 1.0, np.inf, 3.0]}).to_csv("inf.csv")
+    done = _run("compare", "inf.csv", "--target", "a", "--methods", "gp,map", "--jobs", jobs)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("uq: error: gp: ")
+    assert "'b' must hold finite numbers" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_ends_the_processes_too():
+    argv = ["compare", "digits", "--methods", "map,vbll", "--max-epochs", "100000", "--jobs", "2"]
+    process = subprocess.Popen(
+        [*UQ, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(2):
+        assert ": fitting 1347 rows" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)  # to the command alone
+    # The pipe closes when no process holds it any more.
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines()[-1] == "uq: error: interrupted"
+    assert "Traceback" not in err

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from uq.cli.inputs import UsageError
+from uq.cli.outputs import show_warning
 from uq.cli.parser import parser
 from uq.errors import FitInterruptedWarning, UQError
 from uq.texts import visible
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), _terminable():
             # An estimator that is interrupted keeps what it has; a command stops instead.
             warnings.simplefilter("error", FitInterruptedWarning)
-            warnings.showwarning = _show_warning
+            warnings.showwarning = show_warning
             args = parser().parse_args(argv)
             args.handler(args)
         sys.stdout.flush()
@@ -105,7 +106,3 @@ def _fail(message: str, code: int) -> int:
 def _drop_stdout() -> None:
     """Send what is still buffered nowhere, so that the interpreter's last flush cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("uq: warning:", visible(" ".join(str(message).split())), file=sys.stderr)

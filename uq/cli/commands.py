@@ -26,6 +26,7 @@ from uq.cli.inputs import (
     task_of,
     warm_up,
 )
+from uq.cli.methods import fit_methods
 from uq.cli.outputs import (
     check_file,
     facts,
@@ -42,14 +43,15 @@ from uq.errors import FitInterruptedWarning, UQError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from uq.distributions import Predictive
 
 _BATCH_ROWS = 8192  # predicted at once
 
 
 def compare(args: argparse.Namespace) -> None:
     """Fit several methods on one split and report on its held-out rows."""
-    names = chosen_methods(args.methods)
+    # A budget chooses from all methods, unless some are named.
+    asked = args.methods or ("all" if args.budget else None)
+    names = chosen_methods(asked)
     data = open_data(args)
     out = report_folder(args.out or Path("reports") / data.name)
     ood = ood_rows(args.ood, data)
@@ -58,7 +60,7 @@ def compare(args: argparse.Namespace) -> None:
     from uq.data import DATASETS, split_rows
     from uq.models.registry import METHODS
 
-    if args.methods == "all":
+    if asked == "all":
         names = [name for name in names if data.task in METHODS[name].tasks]
     guessed = args.task is None and args.data not in DATASETS
     if guessed and data.task == "classification" and data.y.dtype.kind in "iuf":
@@ -71,29 +73,23 @@ def compare(args: argparse.Namespace) -> None:
         data.X, data.y, data.task, test_size=args.test_size, seed=args.seed
     )
     settings = {} if args.max_epochs is None else {"max_epochs": args.max_epochs}
-    dists: dict[str, Predictive] = {}
-    ood_dists: dict[str, Predictive] = {}
-    fit_seconds: dict[str, float] = {}
-    predict_seconds: dict[str, float] = {}
-    warm_up()
-    for name in names:
-        model = table_model(name, data.task, settings, args.seed)
-        progress(args, f"{name}: fitting {len(y_train)} rows")
-        start = time.perf_counter()
-        model.fit(X_train, y_train)
-        fitted = time.perf_counter()
-        dists[name] = model.predict_distribution(X_test)
-        fit_seconds[name] = round(fitted - start, 3)
-        predict_seconds[name] = round(time.perf_counter() - fitted, 3)
-        progress(args, f"{name}: fitted in {fit_seconds[name]:.1f} s")
-        if ood is not None:
-            ood_dists[name] = model.predict_distribution(ood)
+    left_out: dict[str, str] = {}
+    if args.budget:
+        names, left_out = _affordable(args, names, data.task, settings, X_train, y_train)
+    models = {name: table_model(name, data.task, settings, args.seed) for name in names}
+    fitted = fit_methods(args, models, X_train, y_train, [X_test, *([] if ood is None else [ood])])
+    dists = {name: fit.dists[0] for name, fit in fitted.items()}
+    ood_dists = {} if ood is None else {name: fit.dists[1] for name, fit in fitted.items()}
+    fit_seconds = {name: fit.fit_seconds for name, fit in fitted.items()}
+    predict_seconds = {name: fit.predict_seconds for name, fit in fitted.items()}
     notes = {
         **facts(data),
         "rows to fit": len(y_train),
         "held-out rows": len(y_test),
         "seed": args.seed,
         "seconds to predict": predict_seconds,
+        **({"left out for want of time": left_out} if left_out else {}),
+        **({} if args.jobs == 1 else {"methods fitted at a time": args.jobs}),
         **({} if ood is None else {"out of distribution": args.ood or data.ood_name}),
     }
     report = calibration.compare(
@@ -106,6 +102,33 @@ def compare(args: argparse.Namespace) -> None:
         notes=notes,
     )
     publish(report, out, as_json=args.json)
+
+
+def _affordable(
+    args: argparse.Namespace,
+    names: list[str],
+    task: Any,
+    settings: dict[str, Any],
+    X: pd.DataFrame,
+    y: pd.Series,
+) -> tuple[list[str], dict[str, str]]:
+    """Of the methods those that the budget allows, judged by a fit of MAP; and why not others."""
+    from uq.cli.budget import affordable
+
+    warm_up()
+    pilot = table_model("map", task, settings, args.seed)
+    start = time.perf_counter()
+    pilot.fit(X, y)
+    choice = affordable(
+        names,
+        n_rows=len(y),
+        map_seconds=time.perf_counter() - start,
+        budget=args.budget,
+        jobs=args.jobs,
+    )
+    for name, why in choice.left_out.items():
+        progress(args, f"{name}: left out, {why}")
+    return choice.names, choice.left_out
 
 
 def fit(args: argparse.Namespace) -> None:

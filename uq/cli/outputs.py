@@ -87,6 +87,11 @@ def progress(args: argparse.Namespace, line: str) -> None:
         print(visible(line), file=sys.stderr, flush=True)
 
 
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning as one line."""
+    print("uq: warning:", visible(" ".join(str(message).split())), file=sys.stderr)
+
+
 def report_folder(path: Path) -> Path:
     """Create the folder before anything is fitted, so that a wrong path costs no time."""
     folder = path.parent if path.suffix in (".html", ".json", ".md") else path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,9 +57,18 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--methods", metavar="A,B", help="default: the quick ones; 'all', or see `uq methods`"
     )
+    compare.add_argument(
+        "--budget",
+        type=_duration,
+        metavar="TIME",
+        help="such as 60s or 5min: of the methods, those whose fits take about that in all",
+    )
     compare.add_argument("--test-size", type=_share, default=0.25, metavar="SHARE", help="0.25")
     compare.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
     compare.add_argument("--max-epochs", type=_positive, metavar="N", help="of every fit")
+    compare.add_argument(
+        "--jobs", type=_positive, default=1, metavar="N", help="methods at a time, in processes; 1"
+    )
     _add_report(compare, "reports/<data>")
     compare.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -200,6 +211,13 @@ def _add_report(parser: argparse.ArgumentParser, default: str) -> None:
 
 def _share(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def _duration(text: str) -> float:
+    number, unit = re.fullmatch(r"(.*?)(s|min|h)?", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    wanted = "a time such as 60s, 5min or 1h"
+    seconds: float = _number(number, float, lambda value: 0 < value < math.inf, wanted)
+    return seconds * {None: 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}[unit]
 
 
 def _natural(text: str) -> int:
