@@ -37,7 +37,7 @@ PLACES = 256
 
 
 class Normalized(NamedTuple):
-    """Normalised weights of each run; see :class:`uq.inference.resampling.Weights`."""
+    """Normalised weights of each run; see :func:`normalize`."""
 
     log_weights: Tensor
     log_sum: Tensor
@@ -55,7 +55,7 @@ class Resampled(NamedTuple):
     resampled: Tensor
     """Shape (…), bool."""
     values: Tensor | None
-    """Values of the ancestors, shape (…, n, *extra)."""
+    """Values of the ancestors, shape ``(…, n, *extra)``."""
     weights: Normalized
     """Of what came in."""
 
@@ -103,7 +103,7 @@ def resample(
     threshold : float, optional
         Resample only the runs whose effective sample size is at most ``threshold`` · S; needs
         n = S. By default all.
-    values : Tensor of shape (…, S, *extra), optional
+    values : Tensor of shape ``(…, S, *extra)``, optional
         What belongs to the particles.
 
     Returns
