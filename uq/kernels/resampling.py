@@ -165,7 +165,7 @@ def resample(
 
 
 def take(values: Tensor, ancestors: Tensor) -> Tensor:
-    """Rows of values (…, S, *extra) at ancestors (…, n), in one launch.
+    """Rows of values ``(…, S, *extra)`` at ancestors (…, n), in one launch.
 
     An index that is not one gives zeros on a GPU, and an error elsewhere.
     """
