@@ -18,6 +18,7 @@ import torch
 
 from uq.cli import commands, doctor, main, outputs
 from uq.cli.budget import ORDER, affordable
+from uq.cli.inputs import table_model
 from uq.cli.parser import parser
 from uq.data import load_dataset
 from uq.errors import FitInterruptedWarning
@@ -570,6 +571,17 @@ def test_times(text, seconds):
 def test_times_that_are_none(capsys, text):
     assert main(["compare", "flats.csv", "--target", "price", f"--budget={text}"]) == 2
     assert "needs a time such as 60s, 5min or 1h" in capsys.readouterr().err
+
+
+def test_progress_bars_are_for_those_who_watch(monkeypatch):
+    shown = []
+    monkeypatch.setattr(commands, "table_model", lambda *_, bar: shown.append(bar) or 1 / 0)
+    for watched in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
+        for more in ([], ["--quiet"], ["--jobs", "2"]):
+            main(["compare", "flats.csv", "--target", "price", "--methods", "map", *more])
+    assert shown == [False, False, False, True, False, False]
+    assert table_model("map", "regression", {}, 0, bar=True).estimator.verbose == 1
 
 
 def test_doctor_says_what_is_installed_and_that_it_works(capsys):

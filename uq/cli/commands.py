@@ -34,6 +34,7 @@ from uq.cli.outputs import (
     is_row_number,
     label_frame,
     number_frame,
+    on_terminal,
     progress,
     publish,
     report_folder,
@@ -76,7 +77,8 @@ def compare(args: argparse.Namespace) -> None:
     left_out: dict[str, str] = {}
     if args.budget:
         names, left_out = _affordable(args, names, data.task, settings, X_train, y_train)
-    models = {name: table_model(name, data.task, settings, args.seed) for name in names}
+    bar = on_terminal() and not args.quiet and args.jobs == 1
+    models = {name: table_model(name, data.task, settings, args.seed, bar=bar) for name in names}
     fitted = fit_methods(args, models, X_train, y_train, [X_test, *([] if ood is None else [ood])])
     dists = {name: fit.dists[0] for name, fit in fitted.items()}
     ood_dists = {} if ood is None else {name: fit.dists[1] for name, fit in fitted.items()}
@@ -152,7 +154,9 @@ def fit(args: argparse.Namespace) -> None:
         losses = {"train_loss": state.train_loss, "held_out_loss": state.held_out_loss}
         tell("epoch", epoch=state.epoch, **losses)
 
-    model = table_model(name, data.task, {**settings, "callbacks": (each_epoch,)}, args.seed)
+    settings["callbacks"] = (each_epoch,)
+    bar = on_terminal() and not args.json_progress
+    model = table_model(name, data.task, settings, args.seed, bar=bar)
     check_file(args.out)
     tell("start", rows=len(data.y), columns=data.X.shape[1])
     try:

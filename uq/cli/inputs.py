@@ -43,7 +43,9 @@ def chosen_methods(text: str | None) -> list[str]:
     return list(dict.fromkeys(map(known_method, names)))
 
 
-def table_model(name: str, task: Any, settings: dict[str, Any], seed: int) -> Any:
+def table_model(
+    name: str, task: Any, settings: dict[str, Any], seed: int, *, bar: bool = False
+) -> Any:
     """Build the estimator of a method, with the columns of a table encoded for it."""
     from uq.data import suggest
     from uq.models.registry import estimator_class
@@ -56,7 +58,8 @@ def table_model(name: str, task: Any, settings: dict[str, Any], seed: int) -> An
             raise UsageError(
                 f"{type(estimator).__name__} has no parameter {key!r}{suggest(key, known)}"
             )
-    return TableModel(estimator.set_params(**{"random_state": seed, **settings}))
+    shown = {"verbose": 1} if bar and "verbose" in known else {}
+    return TableModel(estimator.set_params(**{"random_state": seed, **shown, **settings}))
 
 
 def warm_up() -> None:

@@ -92,6 +92,11 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print("uq: warning:", visible(" ".join(str(message).split())), file=sys.stderr)
 
 
+def on_terminal() -> bool:
+    """Whether someone watches stderr, who is shown progress bars."""
+    return sys.stderr.isatty()
+
+
 def report_folder(path: Path) -> Path:
     """Create the folder before anything is fitted, so that a wrong path costs no time."""
     folder = path.parent if path.suffix in (".html", ".json", ".md") else path
