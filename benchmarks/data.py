@@ -63,8 +63,8 @@ def published_mc_dropout(name: str, split: int) -> dict[str, float]:
     table = pd.read_csv(DATA / STANDARD / "reference_mc_dropout.csv").set_index(
         ["dataset", "split"]
     )
-    row = table.loc[(name, split)]
-    return {"nll": -float(row["loglik_mc"]), "rmse": float(row["rmse_mc"])}
+    loglik, rmse = table.loc[(name, split), ["loglik_mc", "rmse_mc"]].to_numpy(float)
+    return {"nll": -float(loglik), "rmse": float(rmse)}
 
 
 def image_split(name: str, seed: int) -> Split:

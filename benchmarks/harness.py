@@ -4,8 +4,8 @@ Each task runs in a fresh process with one thread, so that its peak memory is it
 is one row. Rows are lines of ``results/SUITE.jsonl``. A task is skipped where a row of it with the
 same arguments of the method (defaults included) is there: a changed default is measured anew, a
 change of code alone is not unless ``--again`` says so. A row names the version of the code. A
-method that fails gives a row with its error. Splits come first, then sets, then methods: whenever
-a run stops, the splits before are whole.
+method that fails gives a row with its error, and is tried again when the code is another. Splits
+come first, then sets, then methods: whenever a run stops, the splits before are whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -38,6 +39,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 # A task that takes longer is stopped, and says so in its row.
 LIMIT_SECONDS = 3600.0
+# Somebody ended the run, the task did not fail.
+STOPPED = (-signal.SIGINT, -signal.SIGTERM)
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")} | {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"
 }
@@ -200,24 +203,30 @@ def measure(suite: Suite, task: Task) -> Row:
     }
 
 
-def _in_child(name: str, task: Task, pipe: Any) -> None:
+def attempt(name: str, task: Task) -> Row:
+    """Row of a task, or that of its error."""
     try:
-        os.environ.update(ONE_THREAD)
-        pipe.send(measure(suite_of(name), task))
+        return measure(suite_of(name), task)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
-        pipe.send({"error": f"{type(error).__name__}: {error} ({where})"[:500]})
-    finally:
-        pipe.close()
+        return {"error": f"{type(error).__name__}: {error} ({where})"[:500]}
+
+
+def _in_child(name: str, task: Task, pipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, without a row
+    os.environ.update(ONE_THREAD)
+    pipe.send(attempt(name, task))
+    pipe.close()
 
 
 def run_task(name: str, task: Task, seconds: float = LIMIT_SECONDS) -> Row | None:
-    """Run in a fresh process; None where ``seconds`` ran out before the limit of a task."""
+    """Run in a fresh process; None where it was stopped, by ``seconds`` or by a signal."""
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe(duplex=False)
     start = time.perf_counter()
-    child = context.Process(target=_in_child, args=(name, task, there))
+    # A daemon ends with this process.
+    child = context.Process(target=_in_child, args=(name, task, there), daemon=True)
     child.start()
     there.close()
     row: Row | None = None
@@ -228,6 +237,8 @@ def run_task(name: str, task: Task, seconds: float = LIMIT_SECONDS) -> Row | Non
             child.kill()
     except EOFError:
         child.join()
+        if child.exitcode in STOPPED:
+            return None
         row = {"error": f"the process ended with code {child.exitcode}"}
     child.join(5)  # one that has sent its row is about to leave
     child.kill()
@@ -257,13 +268,18 @@ def run(
 ) -> list[Row]:
     """Fill the table of a suite, within ``budget`` minutes; the rows that were added."""
     suite = suite_of(name)
-    for kind, asked, known in (("method", methods, suite.methods), ("set", sets, suite.sets)):
-        for unknown in set(asked) - set(known):
-            raise SystemExit(f"{name}: {kind} {unknown!r} is unknown; choose from {list(known)}.")
+    for kind, asked, there in (("method", methods, suite.methods), ("set", sets, suite.sets)):
+        for unknown in set(asked) - set(there):
+            raise SystemExit(f"{name}: {kind} {unknown!r} is unknown; choose from {list(there)}.")
     path = out / f"{name}.jsonl"
     pairs = {(t.set, t.method) for t in suite.tasks()}
     settings = {(s, m): settings_of(suite.methods[m], s) for s, m in pairs}
-    done = set() if again else {(r["set"], r["split"], r["method"], r["key"]) for r in read(path)}
+    code = code_version()
+    done = {
+        (r["set"], r["split"], r["method"], r["key"])
+        for r in read(path)
+        if not again and ("error" not in r or r["code"] == code)
+    }
     chosen = [
         t
         for t in suite.tasks()

@@ -33,7 +33,7 @@ from uq import IVONRegressor, MAPClassifier, MAPRegressor, VBLLRegressor
 from uq.distributions import CategoricalMixture, Empirical, NormalMixture
 from uq.inference.posterior import NormalPosterior
 from uq.inference.training import TrainingResult, cosine_schedule
-from uq.models.base import NetworkObjective, TrainingData
+from uq.models.objectives import NetworkObjective, TrainingData
 from uq.nn.network import Network
 
 Arrays = np.ndarray

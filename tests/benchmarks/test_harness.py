@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -34,10 +35,7 @@ def suite(**levels):
 
 def in_this_process(name, task, seconds):
     """What a child does, without the child."""
-    sent = []
-    pipe = type("Pipe", (), {"send": sent.append, "close": lambda self: None})
-    harness._in_child(name, task, pipe())
-    return sent[0] | {"task_seconds": 1.0}
+    return harness.attempt(name, task) | {"task_seconds": 1.0}
 
 
 @pytest.fixture
@@ -114,6 +112,13 @@ def test_a_method_that_fails_gives_a_row_and_stops_nothing(made_up, tmp_path):
     assert fill(tmp_path) == []
 
 
+def test_a_failure_is_tried_again_when_the_code_is_another(made_up, tmp_path, monkeypatch):
+    made_up(suite(bad=-1.0, good=1.0))
+    fill(tmp_path)
+    monkeypatch.setattr(harness, "code_version", lambda: "another")
+    assert {r["method"] for r in fill(tmp_path)} == {"bad"}
+
+
 def test_what_is_left_out_is_no_task(made_up, tmp_path):
     made = suite(a=1.0, b=2.0)
     made_up(replace(made, left_out=lambda name, m, split: "dear" if m == "b" and split else ""))
@@ -166,10 +171,16 @@ def dies(name, task, pipe):
     os._exit(3)
 
 
-def test_a_crash_is_a_row(monkeypatch):
+def is_stopped(name, task, pipe):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_crash_is_a_row_and_a_stop_is_none(monkeypatch):
+    task = Task("toys", "linear", 0, "GP")
     monkeypatch.setattr(harness, "_in_child", dies)
-    row = run_task("toys", Task("toys", "linear", 0, "GP"))
-    assert row["error"] == "the process ended with code 3"
+    assert run_task("toys", task)["error"] == "the process ended with code 3"
+    monkeypatch.setattr(harness, "_in_child", is_stopped)
+    assert run_task("toys", task) is None
 
 
 def test_a_task_in_a_process_of_its_own():
