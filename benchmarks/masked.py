@@ -28,9 +28,9 @@ from uq.inference import (
     MaskedMoves,
     MaskedState,
     WidthPrior,
-    sample_masked,
     width_penalty,
 )
+from uq.inference.masked_bnn_runs import sample_masked
 from uq.nn.masked_bnn import MaskedMLP, relu_mlp
 
 Row = dict[str, Any]

@@ -18,9 +18,9 @@ from uq.inference import (
     SamplerWarning,
     WidthPrior,
     masked_bnn_runs,
-    sample_masked,
 )
 from uq.inference.masked_bnn import transition
+from uq.inference.masked_bnn_runs import sample_masked
 from uq.nn.masked_bnn import MaskedMLP
 
 QUICK = {

@@ -16,7 +16,8 @@ from uq.distributions import BarDistribution
 from uq.errors import LoadError, NonFiniteLossError, ParameterError
 from uq.inference.pfn import pretrain_pfn
 from uq.inference.pfn_losses import query_loss
-from uq.nn import PFN, PFNConfig, PFNScaling, load_pfn, preprocess, save_pfn
+from uq.nn import PFN, PFNConfig, load_pfn, preprocess, save_pfn
+from uq.nn.pfn_tables import PFNScaling
 
 B, N, M, D = 3, 12, 5, 4
 

@@ -12,16 +12,13 @@ from uq.inference.implicit_vi import (
     ImplicitGuide,
     ImplicitPosterior,
     ImplicitWeights,
-    linearized_entropy,
-    smallest_singular_value,
-    smallest_value_entropy,
 )
 from uq.inference.ivon import IVON
 from uq.inference.ivon_influence import LeaveOneOut, leave_one_out
 from uq.inference.ivon_merging import merge
 from uq.inference.masked_bnn import MaskedBNN, MaskedMoves, MaskedState
 from uq.inference.masked_bnn_moves import WidthPrior, width_penalty
-from uq.inference.masked_bnn_runs import MaskedBNNKernel, SamplerWarning, sample_masked
+from uq.inference.masked_bnn_runs import MaskedBNNKernel, SamplerWarning
 from uq.inference.pbnn import OHSMC, SGSMC, PartialPosterior
 from uq.inference.pbnn_network import ParticleNetwork, stochastic_names
 from uq.inference.pfn import pretrain_pfn
@@ -33,23 +30,13 @@ from uq.inference.posterior import (
     Posterior,
 )
 from uq.inference.resampling import ParticleWarning, resample
-from uq.inference.sdm import Matches, match, nearest_rows
-from uq.inference.sdm_calibration import (
-    Region,
-    SDMPosterior,
-    distance_cdfs,
-    distance_quantile,
-    dkw_error,
-    effective_sizes,
-    find_region,
-    rescaled_similarity,
-)
+from uq.inference.sdm import Matches, match
 from uq.inference.smc import DataSchedule, SMCResult, SMCSampler
 from uq.inference.smc_moves import HMC, RandomWalk
-from uq.inference.ssvi import SSVI, account, removal_score
+from uq.inference.ssvi import SSVI, removal_score
 from uq.inference.ssvi_posterior import SparseNormalGuide, SparsePosterior
 from uq.inference.tensorboard import TensorBoardCallback
-from uq.inference.training import TrainingState, TrainingStep, train
+from uq.inference.training import TrainingState, TrainingStep
 from uq.inference.vbll import post_train
 
 __all__ = [
@@ -79,8 +66,6 @@ __all__ = [
     "ParticleWarning",
     "Posterior",
     "RandomWalk",
-    "Region",
-    "SDMPosterior",
     "SMCResult",
     "SMCSampler",
     "SamplerWarning",
@@ -90,30 +75,17 @@ __all__ = [
     "TrainingState",
     "TrainingStep",
     "WidthPrior",
-    "account",
-    "distance_cdfs",
-    "distance_quantile",
-    "dkw_error",
-    "effective_sizes",
     "epistemic_parts",
-    "find_region",
     "insert_norms",
     "leave_one_out",
-    "linearized_entropy",
     "match",
     "merge",
-    "nearest_rows",
     "post_train",
     "pretrain_pfn",
     "random_class_weights",
     "removal_score",
     "resample",
-    "rescaled_similarity",
-    "sample_masked",
-    "smallest_singular_value",
-    "smallest_value_entropy",
     "stochastic_names",
     "to_abnn",
-    "train",
     "width_penalty",
 ]

@@ -386,8 +386,12 @@ class ImplicitWeights(nn.Module):
             Of the entropy: L′ or L″.
         entropy_weight : float, default=1.0
             Factor on the entropy; 0 leaves it out, and q then collapses.
-        iterations, probes, rng
-            As for :func:`smallest_singular_value` and :func:`linearized_entropy`.
+        iterations : int
+            Steps to the smallest singular value, of L″.
+        probes : int, optional
+            Random directions for the gradient of L′; by default it is exact.
+        rng : torch.Generator, optional
+            Of the probes and of the start of the iteration.
 
         Returns
         -------

@@ -7,10 +7,10 @@ from uq.nn.etp import ETPHead, VariationalLinear, dirichlet_kl, variational
 from uq.nn.evidential import DirichletHead, evidential_loss
 from uq.nn.evidential_functions import fisher_log_det
 from uq.nn.evidential_regression import NormalInverseGammaHead, nig_kl, nig_nll
-from uq.nn.implicit import MatrixGenerator, MatrixLinear, MLPGenerator, WeightLayout
+from uq.nn.implicit import MatrixGenerator, MLPGenerator, WeightLayout
 from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
 from uq.nn.network import Network
-from uq.nn.pfn import PFN, PFNCache, PFNConfig, PFNScaling, load_pfn, preprocess, save_pfn
+from uq.nn.pfn import PFN, PFNConfig, load_pfn, preprocess, save_pfn
 from uq.nn.priors import NormalPrior
 from uq.nn.sdm import ExemplarAdaptor, FeatureNetwork, SDMActivation, SDMLoss
 from uq.nn.vbll import (
@@ -43,14 +43,11 @@ __all__ = [
     "LinearStatistics",
     "MLPGenerator",
     "MatrixGenerator",
-    "MatrixLinear",
     "Network",
     "NormalInverseGammaHead",
     "NormalLikelihood",
     "NormalPrior",
-    "PFNCache",
     "PFNConfig",
-    "PFNScaling",
     "SDMActivation",
     "SDMLoss",
     "VBLLClassification",

@@ -339,7 +339,7 @@ class MatrixLinear(nn.Module):
 class MatrixGenerator(Generator):
     """Matrix-multiplication network (MMNN): a shared trunk and one matrix of weights per head.
 
-    z, as a matrix, runs through layers of :class:`MatrixLinear` and ELU; every head maps the last
+    z, as a matrix, runs through layers of ``MatrixLinear`` and ELU; every head maps the last
     of them to the weights of one block. All heads see the same noise, so that weights are
     correlated across layers.
 

@@ -44,7 +44,7 @@ class PFNConfig:
         Learned context rows; 0 gives a network that cannot count.
     scaled : bool
         True: features and targets are standardised with statistics of the context, and columns are
-        put in the order of their association with the target (:class:`PFNScaling`). False: the
+        put in the order of their association with the target (:func:`preprocess`). False: the
         prior has a scale of its own (a GP with fixed hyper-parameters); features lie in [0, 1] and
         targets are taken as they are.
     """
