@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import threading
 import time
 import warnings
 from concurrent.futures import BrokenExecutor
@@ -52,7 +53,7 @@ def fit_methods(
         results = run(one(args, name, model, X, y, tables) for name, model in models.items())
     except BrokenExecutor as error:
         raise UQError(
-            "a process that fitted a method was killed, perhaps for want of memory; lower --jobs."
+            f"a process failed, perhaps for want of memory (then lower --jobs): {error}"
         ) from error
     return dict(zip(models, results, strict=True))
 
@@ -66,10 +67,14 @@ def _fit_method(
     tables: list[pd.DataFrame],
 ) -> Fitted:
     from sklearn.base import clone
+    from tqdm.auto import tqdm
 
     with warnings.catch_warnings():  # as the command does in its own process
         warnings.simplefilter("error", FitInterruptedWarning)
         warnings.showwarning = show_warning
+        if args.jobs > 1:
+            # The lock that tqdm shares between processes is left behind by one that is killed.
+            tqdm.set_lock(threading.RLock())
         warm_up()
         model = clone(model)  # what was fitted can go
         progress(args, f"{name}: fitting {len(y)} rows")
@@ -83,7 +88,6 @@ def _fit_method(
         except (UQError, ValueError, OSError) as error:
             raise UQError(f"{name}: {error}") from error
         except Exception as error:
-            error.add_note(f"while {name} was fitted")
-            raise
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
         progress(args, f"{name}: fitted in {fitted - start:.1f} s")
     return Fitted(dists, round(fitted - start, 3), round(end - fitted, 3))
