@@ -32,16 +32,12 @@ from uq.inference.abnn import (
 )
 from uq.inference.posterior import Weights
 from uq.inference.training import TrainingResult, warn_interrupted
-from uq.models.base import (
-    Classifier,
-    NetworkRegressor,
-    Objective,
-    TrainingData,
-    estimator,
-)
+from uq.models.base import estimator
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
 from uq.models.map import PointEstimator
+from uq.models.objectives import Objective, TrainingData
+from uq.models.tasks import Classifier, NetworkRegressor
 from uq.nn.abnn import NOISE_SHAPES, NoiseShape, bayesian_layers, without_noise
 from uq.nn.bodies import MLP
 from uq.nn.likelihoods import NormalLikelihood

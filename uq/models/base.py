@@ -8,7 +8,6 @@ puts the answer back on the user's scale. A method writes ``_infer`` and ``_buil
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,35 +17,26 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier
+from sklearn.base import BaseEstimator, is_classifier
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
     _check_sample_weight,
     check_is_fitted,
-    column_or_1d,
     validate_data,
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from uq.distributions import (
-    CategoricalMixture,
-    NormalMixture,
-    Parametric,
-    Predictive,
-    RealPredictive,
-)
+from uq.distributions import Predictive
 from uq.errors import DataError, ParameterError
-from uq.inference.checkpoints import Checkpoints, Stage, describe_run
+from uq.inference.checkpoints import Checkpoints, describe_run
 from uq.inference.data import ArrayBatches, ChunkBatches, LoaderBatches
 from uq.inference.posterior import Posterior
 from uq.inference.training import (
     PRECISIONS,
-    Batches,
     TrainingResult,
     TrainingState,
     isolated_rng,
@@ -54,8 +44,9 @@ from uq.inference.training import (
     train,
 )
 from uq.models.checks import check_choice, check_finite, check_hidden, check_number
+from uq.models.objectives import Objective, Seeds, TrainingData
 from uq.nn.bodies import MLP
-from uq.nn.likelihoods import CategoricalLikelihood, Likelihood, NormalLikelihood
+from uq.nn.likelihoods import Likelihood
 from uq.nn.network import Network, check_width
 from uq.streams import RowChunks, array_chunks, row_batches
 from uq.threads import turns
@@ -78,84 +69,7 @@ _ASIDE = (
 # A memory-mapped array of this size is read in chunks; a smaller one is like any other array.
 _LARGE_BYTES = 1 << 28
 
-Noise = Literal["homoscedastic", "heteroscedastic"]
 Callback = Callable[[TrainingState], Any]
-
-
-@dataclass(frozen=True)
-class Seeds:
-    """Independent seeds, so that one more draw somewhere does not move the draws elsewhere."""
-
-    init: int
-    shuffle: int
-    noise: int
-    predict: int
-    split: int
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a method's ``_infer`` gets: batches of (x, y[, weight]) on the device."""
-
-    batches: Batches
-    n_effective: float
-    """Sum of the sample weights: the N of a log likelihood."""
-    held_out: tuple[Tensor, ...] | None
-    fabric: Fabric
-    seeds: Seeds
-    checkpoints: Checkpoints | None = None
-
-    def stage(self) -> Stage | None:
-        """Where the next piece of the fit writes its checkpoints."""
-        return None if self.checkpoints is None else self.checkpoints.stage()
-
-    def fingerprint(self) -> str:
-        """Hash of the rows, as far as they are in memory."""
-        parts = [torch.tensor([self.n_effective, len(self.batches)])]
-        if isinstance(self.batches, ArrayBatches):
-            parts += [*self.batches.tensors, *(self.held_out or ())]
-        digest = hashlib.blake2b(digest_size=16)
-        for part in parts:
-            digest.update(str(tuple(part.shape)).encode())
-            digest.update(part.detach().cpu().contiguous().numpy().data)
-        return digest.hexdigest()
-
-    def generator(self, seed: int) -> torch.Generator:
-        """Return a generator on the device of the data."""
-        return torch.Generator(self.fabric.device).manual_seed(seed)
-
-
-class Objective(nn.Module, ABC):
-    """Loss of a batch, and the log score that early stopping watches."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Loss of a batch: a mean over rows, in nats."""
-
-    @abstractmethod
-    def held_out_nll(self, x: Tensor, y: Tensor) -> Tensor:
-        """Predictive negative log likelihood of each row at the current weights."""
-
-
-def weighted_mean(rows: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean over rows; ``weight`` has mean 1 over the whole data."""
-    return rows.mean() if weight is None else (rows * weight).mean()
-
-
-class NetworkObjective(Objective):
-    """Mean negative log likelihood of a network."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Mean negative log likelihood of the batch, in nats."""
-        return weighted_mean(self.network.nll(x, y), weight)
-
-    def held_out_nll(self, x: Tensor, y: Tensor) -> Tensor:
-        """Negative log likelihood of each row."""
-        return self.network.nll(x, y)
 
 
 # Constructors are dataclass ones: the signature is the list of fields, stored exactly as given,
@@ -397,11 +311,11 @@ class Estimator(BaseEstimator, ABC):
         self, X: Any, y: Any, sample_weight: Any, fabric: Fabric, seeds: Seeds
     ) -> TrainingData:
         name = type(self).__name__
-        X = _as_numpy(X)
+        X = as_numpy(X)
         X, y = validate_data(
             self,
             X,
-            _as_numpy(y),
+            as_numpy(y),
             dtype=self._input_dtype(X),
             allow_nd=self._takes_any_rows,
             ensure_all_finite=False,
@@ -468,13 +382,13 @@ class Estimator(BaseEstimator, ABC):
         scaler = StandardScaler()
         if self._standardizes:
             for x, _ in loader:
-                scaler.partial_fit(_as_numpy(x))
+                scaler.partial_fit(as_numpy(x))
         self._set_input_scale(scaler if self._standardizes else None)
         self._learn_target_scale(y[kept], None)
 
         def prepare(x: Any, target: Any) -> tuple[Tensor, ...]:
-            encoded = self._encode_targets(_as_numpy(target))
-            both = self._input_tensor(_as_numpy(x)), torch.as_tensor(encoded)
+            encoded = self._encode_targets(as_numpy(target))
+            both = self._input_tensor(as_numpy(x)), torch.as_tensor(encoded)
             return tuple(self._place(t, fabric.device) for t in both)
 
         if len(held):
@@ -527,7 +441,7 @@ class Estimator(BaseEstimator, ABC):
                     f"numbers, got {type(batch).__name__} "
                     f"of {[type(t).__name__ for t in batch][:3]}."
                 )
-            x, target = (_as_numpy(t) for t in batch)
+            x, target = (as_numpy(t) for t in batch)
             if not targets:
                 self.input_shape_ = tuple(x.shape[1:])
                 if len(self.input_shape_) != 1 and not self._takes_any_rows:
@@ -689,7 +603,7 @@ class Estimator(BaseEstimator, ABC):
                 f"not a {type(X).__name__}."
             )
         index = getattr(X, "index", None) if hasattr(X, "iloc") else None
-        X = _as_numpy(X)
+        X = as_numpy(X)
         X = validate_data(
             self,
             X,
@@ -783,7 +697,7 @@ class Estimator(BaseEstimator, ABC):
 
     def log_score(self, X: Any, y: Any) -> float:
         """Mean log predictive density or probability of ``y``, in nats, joint over outputs."""
-        return float(self._log_prob(self.predict_distribution(X), _as_numpy(y)).mean())
+        return float(self._log_prob(self.predict_distribution(X), as_numpy(y)).mean())
 
     @abstractmethod
     def _log_prob(self, dist: Any, y: Any) -> Tensor:
@@ -808,180 +722,13 @@ class Estimator(BaseEstimator, ABC):
         save(self, path)
 
 
-@estimator
-class Classifier(ClassifierMixin, Estimator):
-    """Template of the classifiers."""
-
-    classes_: np.ndarray = field(init=False)
-
-    def _likelihood(self) -> Likelihood:
-        return CategoricalLikelihood(len(self.classes_))
-
-    def _width_reason(self) -> str:
-        return f"one logit for each of the {len(self.classes_)} classes"
-
-    def _check_targets(self, y: np.ndarray) -> np.ndarray:
-        y = column_or_1d(y, warn=True)
-        check_classification_targets(y)
-        try:
-            self.classes_, positions = np.unique(y, return_inverse=True)
-        except TypeError as error:
-            raise DataError(
-                f"{type(self).__name__}.fit: the labels in y cannot be ordered ({error}); missing "
-                "or mixed labels?"
-            ) from error
-        self._need_two_classes()
-        return positions
-
-    def _learn_target_scale(self, y: np.ndarray, weight: np.ndarray | None) -> None:
-        pass
-
-    def _scale_targets(self, y: np.ndarray) -> np.ndarray:
-        return y
-
-    def _need_two_classes(self) -> None:
-        if len(self.classes_) < 2:
-            raise DataError(
-                f"{type(self).__name__}.fit needs at least 2 classes in y, got one class only: "
-                f"{self.classes_.tolist()[0]!r}."
-            )
-
-    def _encode_targets(self, y: np.ndarray) -> np.ndarray:
-        positions = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
-        unknown = self.classes_[positions] != y
-        if unknown.any():
-            raise DataError(
-                f"{type(self).__name__}: y holds the label {np.asarray(y)[unknown][0]!r}, which "
-                "was not in the data that was fitted."
-            )
-        return positions
-
-    def _user_scale(self, dist: CategoricalMixture) -> Predictive:
-        dist.classes = self.classes_
-        return dist
-
-    def _function_scale(self, values: np.ndarray) -> np.ndarray:
-        return values
-
-    def _log_prob(self, dist: CategoricalMixture, y: Any) -> Tensor:
-        return dist.log_prob(torch.as_tensor(self._encode_targets(column_or_1d(y, warn=True))))
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Predict the most probable label of each row, shape (n,)."""
-        proba = self.predict_proba(X)  # first: it checks that the model is fitted
-        return self.classes_[np.argmax(proba, axis=1)]
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Predict class probabilities, shape (n, n_classes), columns as in ``classes_``."""
-        dist: Any = self.predict_distribution(X)
-        proba: np.ndarray = dist.probs.numpy()
-        return proba
-
-
-@estimator
-class Regressor(RegressorMixin, Estimator):
-    """Template of the regressors. Targets are standardised inside and given back in their unit."""
-
-    y_mean_: np.ndarray = field(init=False)
-    y_scale_: np.ndarray = field(init=False)
-    y_is_1d_: bool = field(init=False)
-
-    def _likelihood(self) -> Likelihood:
-        return NormalLikelihood(len(self.y_mean_))
-
-    def _width_reason(self) -> str:
-        return f"one for each of the {len(self.y_mean_)} targets"
-
-    def _check_targets(self, y: np.ndarray) -> np.ndarray:
-        self.y_is_1d_ = y.ndim == 1
-        return self._as_real(y).reshape(len(y), -1)
-
-    def _as_real(self, y: Any) -> np.ndarray:
-        try:
-            real = np.asarray(y, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{type(self).__name__}: y must hold numbers: {error}.") from error
-        if not np.isfinite(real).all():
-            raise DataError(f"{type(self).__name__}: y contains NaN or infinity.")
-        if real.size and np.abs(real).max() > 1e150:  # squares overflow
-            raise DataError(f"{type(self).__name__}: y holds values above 1e150; rescale it.")
-        return real
-
-    def _learn_target_scale(self, y: np.ndarray, weight: np.ndarray | None) -> None:
-        scaler = StandardScaler().fit(y, sample_weight=weight)
-        self.y_mean_, self.y_scale_ = scaler.mean_, scaler.scale_
-
-    def _scale_targets(self, y: np.ndarray) -> np.ndarray:
-        return (y - self.y_mean_) / self.y_scale_
-
-    def _encode_targets(self, y: np.ndarray) -> np.ndarray:
-        return self._scale_targets(self._as_real(y).reshape(len(y), -1))
-
-    def _user_scale(self, dist: NormalMixture | Parametric) -> Predictive:
-        dist = dist.affine(torch.as_tensor(self.y_mean_), torch.as_tensor(self.y_scale_))
-        return dist.output(0) if self.y_is_1d_ else dist
-
-    def _function_scale(self, values: np.ndarray) -> np.ndarray:
-        values = values * self.y_scale_ + self.y_mean_
-        return values[..., 0] if self.y_is_1d_ else values
-
-    def _log_prob(self, dist: RealPredictive, y: Any) -> Tensor:
-        y = torch.tensor(self._as_real(y))
-        if y.shape != dist.batch_shape:
-            raise DataError(
-                f"{type(self).__name__}: y has shape {tuple(y.shape)}, but the predictions have "
-                f"shape {tuple(dist.batch_shape)}."
-            )
-        return dist.joint().log_prob(y)
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Predict the mean, shape (n,) or (n, m), in target units."""
-        return self.predict_distribution(X).mean.numpy()
-
-    def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-        """Predict equal-tailed intervals: lower and upper ends, each (n,) or (n, m)."""
-        dist = self.predict_distribution(X)
-        assert isinstance(dist, RealPredictive)
-        lower, upper = dist.interval(coverage)
-        return lower.numpy(), upper.numpy()
-
-    def predict_quantiles(self, X: Any, q: Any) -> np.ndarray:
-        """Predict quantiles at levels ``q``: (n[, m]) for one level, (Q, n[, m]) for several."""
-        dist = self.predict_distribution(X)
-        assert isinstance(dist, RealPredictive)
-        return dist.quantile(q).numpy()
-
-    def __sklearn_tags__(self) -> Any:
-        """Tell scikit-learn that several targets are fine."""
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
-
-
-@estimator
-class NetworkRegressor(Regressor):
-    """Template of the regressors whose network gives the noise, too."""
-
-    noise: Noise = "homoscedastic"
-
-    def _check_parameters(self) -> None:
-        super()._check_parameters()
-        check_choice(self, "noise", ("homoscedastic", "heteroscedastic"))
-
-    def _likelihood(self) -> Likelihood:
-        return NormalLikelihood(len(self.y_mean_), self.noise)
-
-    def _width_reason(self) -> str:
-        two = ", twice for heteroscedastic noise" if self.noise == "heteroscedastic" else ""
-        return super()._width_reason() + two
-
-
 def _is_larger_than_memory(X: Any) -> bool:
     """Whether ``X`` is to stay on the disk."""
     return isinstance(X, np.memmap) and X.nbytes >= _LARGE_BYTES
 
 
-def _as_numpy(data: Any) -> Any:
+def as_numpy(data: Any) -> Any:
+    """A tensor as an array, anything else as it is."""
     if isinstance(data, Tensor):
         data = data.detach().cpu()
         return (data.float() if data.dtype == torch.bfloat16 else data).numpy()

@@ -33,8 +33,9 @@ from uq.calibration import (
 from uq.calibration.recalibration import Recalibrator
 from uq.distributions import Predictive, concatenate
 from uq.errors import ParameterError
+from uq.models.base import as_numpy
 from uq.models.splitting import find_splits, fit_rows, holds_out
-from uq.models.wrapper import Wrapper, as_numpy, classifies, regresses
+from uq.models.wrapper import Wrapper, classifies, regresses
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -18,16 +18,12 @@ from uq.errors import ParameterError
 from uq.inference.data import ArrayBatches
 from uq.inference.posterior import DrawsPosterior
 from uq.inference.training import TrainingResult, isolated_rng, warn_interrupted
-from uq.models.base import (
-    Classifier,
-    Estimator,
-    NetworkRegressor,
-    TrainingData,
-    estimator,
-)
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_number
 from uq.models.documentation import documented
 from uq.models.map import PointEstimator
+from uq.models.objectives import TrainingData
+from uq.models.tasks import Classifier, NetworkRegressor
 from uq.nn.network import Network
 
 

@@ -13,16 +13,11 @@ from torch import Tensor, nn
 
 from uq.inference.evidential import EvidentialPosterior
 from uq.inference.training import TrainingResult, cosine_schedule
-from uq.models.base import (
-    Classifier,
-    Estimator,
-    Objective,
-    TrainingData,
-    estimator,
-    weighted_mean,
-)
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_number
 from uq.models.documentation import documented
+from uq.models.objectives import Objective, TrainingData, weighted_mean
+from uq.models.tasks import Classifier
 from uq.nn.etp import ETPHead, VariationalLinear, variational
 
 # Rows that a step writes to the memory, at least and at most; the authors'.

@@ -19,17 +19,11 @@ from uq.errors import ParameterError
 from uq.inference.data import ArrayBatches
 from uq.inference.evidential import EvidentialPosterior
 from uq.inference.training import TrainingResult, cosine_schedule
-from uq.models.base import (
-    Classifier,
-    Estimator,
-    Objective,
-    Regressor,
-    TrainingData,
-    estimator,
-    weighted_mean,
-)
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
+from uq.models.objectives import Objective, TrainingData, weighted_mean
+from uq.models.tasks import Classifier, Regressor
 from uq.nn.evidential import EVIDENCE, LOSSES, DirichletHead, Loss
 from uq.nn.evidential_regression import PENALTIES, NormalInverseGammaHead, Penalty
 from uq.nn.network import probe_outputs

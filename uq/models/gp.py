@@ -19,9 +19,11 @@ from uq.errors import ParameterError
 from uq.inference.data import ArrayBatches
 from uq.inference.gp import GPPosterior
 from uq.inference.training import TrainingResult, cosine_schedule
-from uq.models.base import Classifier, Estimator, Objective, Regressor, TrainingData, estimator
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
+from uq.models.objectives import Objective, TrainingData
+from uq.models.tasks import Classifier, Regressor
 from uq.nn.gp import (
     KERNELS,
     ExactGP,

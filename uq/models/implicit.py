@@ -28,17 +28,11 @@ from uq.inference.implicit_vi import (
 )
 from uq.inference.ssvi import kl_warmup
 from uq.inference.training import TrainingResult, cosine_schedule
-from uq.models.base import (
-    Classifier,
-    Estimator,
-    NetworkRegressor,
-    Objective,
-    TrainingData,
-    estimator,
-    weighted_mean,
-)
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
+from uq.models.objectives import Objective, TrainingData, weighted_mean
+from uq.models.tasks import Classifier, NetworkRegressor
 from uq.nn.implicit import MatrixGenerator, WeightLayout
 from uq.nn.network import Network
 from uq.nn.priors import NormalPrior

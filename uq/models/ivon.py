@@ -24,17 +24,12 @@ from uq.inference.ivon import IVON
 from uq.inference.ivon_influence import LeaveOneOut, leave_one_out
 from uq.inference.posterior import MixturePosterior, NormalPosterior
 from uq.inference.training import TrainingResult, cosine_schedule, warn_interrupted
-from uq.models.base import (
-    Classifier,
-    Estimator,
-    NetworkObjective,
-    NetworkRegressor,
-    TrainingData,
-    estimator,
-)
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_number
 from uq.models.documentation import documented
 from uq.models.ensemble import initial_networks
+from uq.models.objectives import NetworkObjective, TrainingData
+from uq.models.tasks import Classifier, NetworkRegressor
 from uq.nn.network import Network
 from uq.nn.priors import NormalPrior
 

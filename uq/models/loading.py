@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from uq.errors import LoadError
-from uq.models.base import Classifier, Estimator, Regressor
+from uq.models.base import Estimator
 from uq.models.table import TableModel, TablePreprocessor
+from uq.models.tasks import Classifier, Regressor
 from uq.models.wrapper import Wrapper
 
 # Code, what only fitting needs, and what would write to a folder when the model is fitted again.

@@ -13,16 +13,11 @@ import torch
 
 from uq.inference.posterior import DrawsPosterior
 from uq.inference.training import TrainingResult, cosine_schedule
-from uq.models.base import (
-    Classifier,
-    Estimator,
-    NetworkObjective,
-    NetworkRegressor,
-    TrainingData,
-    estimator,
-)
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_number
 from uq.models.documentation import documented
+from uq.models.objectives import NetworkObjective, TrainingData
+from uq.models.tasks import Classifier, NetworkRegressor
 from uq.nn.network import Network
 from uq.nn.priors import NormalPrior
 

@@ -24,12 +24,14 @@ from uq.inference.masked_bnn_moves import PROPOSALS, WidthPrior, width_penalty
 from uq.inference.masked_bnn_runs import MaskedRun, SamplerWarning, sample_masked
 from uq.inference.posterior import DrawsPosterior
 from uq.inference.training import TrainingResult, warn_interrupted
-from uq.models.base import Classifier, Regressor, TrainingData, estimator
+from uq.models.base import estimator
 from uq.models.chains import ChainDiagnostics
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
 from uq.models.ensemble import initial_networks
 from uq.models.map import PointEstimator
+from uq.models.objectives import TrainingData
+from uq.models.tasks import Classifier, Regressor
 from uq.nn.likelihoods import SCALE_FLOOR
 from uq.nn.masked_bnn import MaskedMLP, MaskedModule, relu_mlp
 from uq.nn.network import Network

@@ -19,17 +19,14 @@ from uq.inference.data import ArrayBatches
 from uq.inference.nuts import sample_nuts
 from uq.inference.posterior import DrawsPosterior
 from uq.inference.training import TrainingResult
-from uq.models.base import (
-    Classifier,
-    NetworkRegressor,
-    TrainingData,
-    estimator,
-)
+from uq.models.base import estimator
 from uq.models.chains import ChainDiagnostics
 from uq.models.checks import check_number
 from uq.models.documentation import documented
 from uq.models.ensemble import initial_networks
 from uq.models.map import PointEstimator
+from uq.models.objectives import TrainingData
+from uq.models.tasks import Classifier, NetworkRegressor
 from uq.nn.network import Network
 from uq.nn.nuts import JaxNetwork
 

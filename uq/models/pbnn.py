@@ -27,9 +27,11 @@ from uq.inference.pbnn import (
 from uq.inference.pbnn_network import ParticleNetwork, Stochastic, stochastic_names
 from uq.inference.resampling import SCHEMES, ParticleWarning, ancestors
 from uq.inference.training import TrainingResult, cosine_schedule, warn_interrupted
-from uq.models.base import Classifier, Estimator, NetworkRegressor, TrainingData, estimator
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
+from uq.models.objectives import TrainingData
+from uq.models.tasks import Classifier, NetworkRegressor
 
 # Median share of effective particles in the last quarter of the steps below which a cloud is taken
 # as collapsed.

@@ -24,9 +24,11 @@ from uq.errors import DataError, ParameterError
 from uq.inference.data import ArrayBatches
 from uq.inference.pfn_posterior import PFNPosterior, choose_neighbours
 from uq.inference.training import TrainingResult, cosine_schedule
-from uq.models.base import Classifier, Estimator, Objective, Regressor, TrainingData, estimator
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_number
 from uq.models.documentation import documented
+from uq.models.objectives import Objective, TrainingData
+from uq.models.tasks import Classifier, Regressor
 from uq.nn.network import probe_outputs
 from uq.nn.pfn import PFN, SHIPPED, load_pfn
 from uq.nn.pfn_tables import PFNConfig, PFNScaling

@@ -27,8 +27,10 @@ from uq.inference.pyro_models import (
     weighted,
 )
 from uq.inference.training import TrainingResult, cosine_schedule
-from uq.models.base import Classifier, Estimator, Objective, Regressor, TrainingData, estimator
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_number
+from uq.models.objectives import Objective, TrainingData
+from uq.models.tasks import Classifier, Regressor
 
 _EPOCHS = 2000
 _DTYPES = {

@@ -30,10 +30,12 @@ from uq.inference.sdm_calibration import (
 )
 from uq.inference.sdm_training import Round, Rows, SDMObjective, distinct, halves
 from uq.inference.training import TrainingResult, cosine_schedule, train
-from uq.models.base import Classifier, TrainingData, _as_numpy
+from uq.models.base import as_numpy
 from uq.models.checks import check_number
 from uq.models.documentation import documented
+from uq.models.objectives import TrainingData
 from uq.models.sdm_bases import embeddings
+from uq.models.tasks import Classifier
 from uq.nn.bodies import MLP
 from uq.nn.network import probe_outputs
 from uq.nn.sdm import ExemplarAdaptor, FeatureNetwork
@@ -430,9 +432,9 @@ class SDMClassifier(Classifier):
         inside_lower = region.admits(rescaled_similarity(v.q, lower), lower, v.predictions)
         frame = pd.DataFrame(
             {
-                "prediction": self.classes_[_as_numpy(v.predictions)],
+                "prediction": self.classes_[as_numpy(v.predictions)],
                 **{
-                    name: _as_numpy(values)
+                    name: as_numpy(values)
                     for name, values in {
                         "probability": v.p,
                         "lower": lower,
@@ -458,10 +460,10 @@ class SDMClassifier(Classifier):
             )
         for k in range(at.shape[1]):
             suffix = f"_{k + 1}" if k else ""
-            labels = self.classes_[_as_numpy(posterior.support_labels[at[:, k]])]
-            frame[f"exemplar_index{suffix}"] = _as_numpy(posterior.support_rows[at[:, k]])
+            labels = self.classes_[as_numpy(posterior.support_labels[at[:, k]])]
+            frame[f"exemplar_index{suffix}"] = as_numpy(posterior.support_rows[at[:, k]])
             frame[f"exemplar_label{suffix}"] = labels
-            frame[f"exemplar_distance{suffix}"] = _as_numpy(distance[:, k])
+            frame[f"exemplar_distance{suffix}"] = as_numpy(distance[:, k])
         return frame
 
     def region_accuracy(self, X: Any, y: ArrayLike, *, alpha: float | None = None) -> pd.DataFrame:

@@ -28,17 +28,11 @@ from uq.inference.ssvi import (
 )
 from uq.inference.ssvi_posterior import SparsePosterior
 from uq.inference.training import TrainingResult, cosine_schedule
-from uq.models.base import (
-    Classifier,
-    Estimator,
-    NetworkRegressor,
-    Objective,
-    TrainingData,
-    estimator,
-    weighted_mean,
-)
+from uq.models.base import Estimator, estimator
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
+from uq.models.objectives import Objective, TrainingData, weighted_mean
+from uq.models.tasks import Classifier, NetworkRegressor
 from uq.nn.network import Network
 from uq.nn.ssvi import ALLOCATIONS, sparse_kl, sparse_weights, sparsify
 from uq.nn.ssvi_compact import compact

@@ -28,18 +28,12 @@ from uq.inference.ivon import IVON
 from uq.inference.posterior import BayesianFeaturesPosterior, LastLayerPosterior
 from uq.inference.training import TrainingResult, cosine_schedule
 from uq.inference.vbll import sum_features
-from uq.models.base import (
-    Classifier,
-    Estimator,
-    Objective,
-    Regressor,
-    TrainingData,
-    _as_numpy,
-    estimator,
-)
+from uq.models.base import Estimator, as_numpy, estimator
 from uq.models.checks import check_choice, check_number
 from uq.models.documentation import documented
 from uq.models.ivon import IVONClassifier, posterior_optimizer, warn_of_noise
+from uq.models.objectives import Objective, TrainingData
+from uq.models.tasks import Classifier, Regressor
 from uq.nn.network import probe_outputs
 from uq.nn.vbll import (
     BayesianLastLayer,
@@ -238,7 +232,7 @@ class _VBLL(Estimator):
     def _condition(self, X: Any, y: Any, sample_weight: ArrayLike | None) -> Self:
         """Condition the last layer on more rows."""
         x, _ = self._posterior_at(X)
-        y = _as_numpy(y)
+        y = as_numpy(y)
         check_consistent_length(x, y, sample_weight)
         weight = None
         if sample_weight is not None:

@@ -21,6 +21,7 @@ from sklearn.utils.validation import (
 from uq.calibration.rows import Names, make_rows
 from uq.distributions import Predictive
 from uq.errors import DataError, ParameterError
+from uq.models.base import as_numpy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -153,9 +154,3 @@ def plain_labels(y: Any) -> np.ndarray:
         labels = np.array(labels.tolist())
     check_classification_targets(labels)
     return labels
-
-
-def as_numpy(t: Any) -> np.ndarray:
-    """Array of a tensor on any device."""
-    values: np.ndarray = t.detach().cpu().numpy()
-    return values
