@@ -51,6 +51,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	touch $@
 
 docs: $(VENV)/.installed-docs
+	rm -rf docs/_build docs/api/generated
 	$(TEST_ENV) $(BIN)/sphinx-build -j 2 -q -W --keep-going docs docs/_build/html
 	$(BIN)/python docs/check_pages.py docs/_build/html
 	$(TEST_ENV) $(BIN)/pytest -n 2 -q --doctest-glob='*.md' --ignore-glob='docs/*.py' docs uq
