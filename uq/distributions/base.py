@@ -34,6 +34,18 @@ class Predictive(TorchDistribution):
     ----------
     index : pandas.Index or None
         Row labels of the DataFrame that was predicted, used by :meth:`to_frame`.
+
+    Examples
+    --------
+    What ``predict_distribution`` of any estimator returns:
+
+    >>> import torch
+    >>> from uq.distributions import NormalMixture
+    >>> dist = NormalMixture(torch.tensor([[0.0, 1.0], [2.0, 1.0]]), torch.tensor(0.5))
+    >>> dist.batch_shape, dist.n_draws  # two rows, two posterior draws of each
+    (torch.Size([2]), 2)
+    >>> dist.aleatoric, dist.epistemic  # variances: of the noise, and of the means over draws
+    (tensor([0.2500, 0.2500]), tensor([1., 0.]))
     """
 
     index: pd.Index | None = None
@@ -144,6 +156,18 @@ class ClassPredictive(Predictive):
     ----------
     classes : ndarray of shape (n_classes,)
         Labels, in the order of the columns of ``probs``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.distributions import CategoricalMixture
+    >>> probs = torch.tensor([[[0.9, 0.1]], [[0.1, 0.9]]])  # two draws, one row, two classes
+    >>> dist = CategoricalMixture(probs.log(), classes=["cat", "dog"])
+    >>> dist.to_frame().round(2)
+       cat  dog
+    0  0.5  0.5
+    >>> dist.entropy().item(), dist.epistemic.item()  # nats; the draws contradict each other
+    (0.693, 0.368)
     """
 
     classes: np.ndarray
@@ -243,6 +267,16 @@ class RealPredictive(Predictive):
 
     A subclass gives ``mean``, ``aleatoric``, ``epistemic``, ``log_prob``, ``cdf``, ``quantile``,
     ``crps``, ``sample``, ``mode``, ``draws``, ``joint`` and ``output``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.distributions import NormalMixture
+    >>> dist = NormalMixture(torch.zeros(1, 3), torch.tensor(2.0))  # one draw, three rows
+    >>> dist.interval(0.9)[1]  # upper ends, in target units
+    tensor([3.2897, 3.2897, 3.2897])
+    >>> dist.crps(torch.tensor([0.0, 1.0, 4.0]))
+    tensor([0.4674, 0.6628, 2.9056])
     """
 
     has_log_prob: ClassVar[bool] = True
