@@ -214,6 +214,31 @@ def test_classification_from_fit_to_report(model, capsys):
     assert capsys.readouterr().out.rstrip().endswith(str(Path("reports/sold/report.html")))
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["1", "3", "20"],
+        ["1.0", "2.0", "1234567890.0"],
+        ["False", "True"],
+        ["a,b", 'say "q"', "ünï\ntwo lines"],
+        ["=1+1", "a", "b "],
+    ],
+)
+def test_predictions_hold_the_labels_of_the_file(labels, capsys):
+    group = np.arange(30) * len(labels) // 30
+    given = [labels[g] for g in group]
+    pd.DataFrame({"size": 5.0 * group, "kind": given}).to_csv("kinds.csv", index=False)
+    more = ["--task", "classification", "--set", "max_epochs=60", "--set", "lr=0.05"]
+    assert main(_fit("kinds.csv", "kind", "kinds.uq", *more)) == 0
+    capsys.readouterr()
+    assert main(["predict", "kinds.uq", "kinds.csv"]) == 0
+    assert main(["predict", "kinds.uq", "kinds.csv", "--out", "p.csv"]) == 0
+    for source in (io.StringIO(capsys.readouterr().out), "p.csv"):
+        table = pd.read_csv(source, dtype=str)
+        assert table["label"].tolist() == given  # groups far apart are told apart
+        assert list(table) == ["label", *(f"p_{label}" for label in labels), "entropy"]
+
+
 def test_row_labels_are_kept_and_row_numbers_are_not(model, capsys):
     table = pd.read_csv("sold.csv")
     table.set_axis([f"row{i}" for i in range(60)]).to_csv("named.csv")

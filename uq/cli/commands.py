@@ -191,20 +191,20 @@ def predict(args: argparse.Namespace) -> None:
     every = itertools.chain([first], (frame for frame, _ in frames))
     if args.out is None:
         for i, frame in enumerate(every):
-            frame.to_csv(
-                sys.stdout,
-                index=named,
-                header=i == 0,
-                float_format="%.9g",
-                lineterminator="\n",
-            )
+            _write_csv(sys.stdout, frame, named, header=i == 0, lineterminator="\n")
         return
     with writing(args.out) as file:
         if args.out.suffix.lower() == ".csv":
             for i, frame in enumerate(every):
-                frame.to_csv(file, index=named, header=i == 0, float_format="%.9g")
+                _write_csv(file, frame, named, header=i == 0)
         else:
             _write_parquet(file, every, named)
+
+
+def _write_csv(file: Any, frame: pd.DataFrame, named: bool, **settings: Any) -> None:
+    if "label" in frame:  # as it is: 1.0 is not to become 1
+        frame = frame.assign(label=frame["label"].astype(str))
+    frame.to_csv(file, index=named, float_format="%.9g", **settings)
 
 
 def _prediction_frames(model: Any, args: argparse.Namespace) -> Iterator[tuple[pd.DataFrame, bool]]:
