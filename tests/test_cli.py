@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -763,3 +764,28 @@ def test_an_interrupt_ends_the_processes_too():
     assert process.returncode == 1
     assert err.splitlines()[-1] == "uq: error: interrupted"
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_pretraining_killed_at_random_moments_ends_with_the_same_bits():
+    from uq.nn import load_pfn
+
+    settings = ["--set", "checkpoint_seconds=0.2", "--quiet", "--resume"]
+
+    def train(out):
+        return subprocess.Popen([*UQ, *_pretrain(*settings, "--steps", "600", out=out)])
+
+    assert train("plain.safetensors").wait() == 0
+    rng, kills = random.Random(0), 0
+    for _ in range(5):
+        process = train("killed.safetensors")
+        try:
+            process.wait(timeout=rng.uniform(3, 6))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert train("killed.safetensors").wait() == 0
+    assert kills > 1
+    plain, killed = (load_pfn(f"{n}.safetensors")[0].state_dict() for n in ("plain", "killed"))
+    assert all(torch.equal(value, killed[name]) for name, value in plain.items())
