@@ -2,7 +2,7 @@
 
 import multiprocessing
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -116,6 +116,23 @@ def test_a_child_process(start):
     assert child.exitcode == 0
     for each in found:
         np.testing.assert_array_equal(each, values(model, X))
+
+
+@pytest.fixture(scope="module")
+def spawned():
+    context = multiprocessing.get_context("spawn")
+    # As many threads as here, for the same bits.
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "task"), CASES)
+def test_a_fitted_estimator_predicts_in_a_spawned_process(method, task, spawned):
+    X, y = data(task)
+    model = make(method, task).fit(X, y)
+    found = spawned.submit(values, model, X).result(timeout=300)
+    np.testing.assert_array_equal(found, values(model, X))
 
 
 @pytest.mark.slow
