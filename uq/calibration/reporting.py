@@ -112,6 +112,23 @@ class Report:
         Methods from the best log score to the worst; empty for one method.
     recommendation : str
         Which method to pick, and why; "" for one method.
+
+    See Also
+    --------
+    report : of one method.
+    compare : of several.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.calibration import report
+    >>> from uq.distributions import NormalMixture
+    >>> y = torch.linspace(-2, 2, 101)
+    >>> made = report(NormalMixture(torch.zeros(1, 101), torch.tensor(1.0)), y, name="constant")
+    >>> made.task, made.n, list(made.methods)
+    ('regression', 101, ['constant'])
+    >>> made.to_dict()["methods"]["constant"]["estimates"]["rmse"]["value"]
+    1.166
     """
 
     title: str

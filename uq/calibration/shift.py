@@ -166,6 +166,10 @@ class ShiftCurve:
         Value and interval of each metric, at each intensity.
     interval : float
         Coverage of each interval.
+
+    See Also
+    --------
+    shift_curve : makes one; its example prints the table and the verdict.
     """
 
     task: Task
@@ -514,6 +518,10 @@ class Drift:
         Numbers of rows.
     interval : float
         Coverage of the interval; the words call p-values under 1 − interval a drift.
+
+    See Also
+    --------
+    epistemic_drift : makes one; its example prints the words.
     """
 
     kind: Literal["epistemic", "total"]

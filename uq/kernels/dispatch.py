@@ -61,6 +61,13 @@ def use_triton(*tensors: Tensor) -> bool:
     ParameterError
         If the tensors lie on several devices, ``UQ_KERNELS`` has an unknown value, or it asks for
         Triton where that cannot run.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.kernels import use_triton
+    >>> use_triton(torch.zeros(3))  # on the CPU
+    False
     """
     device = tensors[0].device
     if any(t.device != device for t in tensors[1:]):

@@ -46,7 +46,16 @@ _BLOCK = 1024
 
 
 class Purpose(IntEnum):
-    """What noise is for: the upper eight bits of a stream."""
+    """What noise is for: the upper eight bits of a stream, so that no two uses share a number.
+
+    ``FREE``, the default of :func:`normal` and :func:`uniform`, is for noise of your own.
+
+    Examples
+    --------
+    >>> from uq.kernels import Purpose, stream
+    >>> Purpose.IVON.value, stream(Purpose.IVON) >> 24  # no two purposes share a number
+    (6, 6)
+    """
 
     WEIGHT = 0
     BIAS = 1

@@ -64,6 +64,10 @@ class BayesianNorm(nn.Module):
         True makes it the plain layer.
     frozen_statistics : bool
         True makes batch normalisation keep to its running statistics in train mode.
+
+    See Also
+    --------
+    bayesian_norm : makes one of a layer; its example shows the noise.
     """
 
     weight: nn.Parameter
@@ -315,5 +319,26 @@ def layer_settings(module: nn.Module, **settings: Any) -> Iterator[nn.Module]:
 
 
 def without_noise(module: nn.Module) -> AbstractContextManager[nn.Module]:
-    """Turn the noise of all Bayesian normalisation layers off inside a ``with`` block."""
+    """Turn the noise of all Bayesian normalisation layers off inside a ``with`` block.
+
+    Parameters
+    ----------
+    module : Module
+        Holds the layers, at any depth.
+
+    Returns
+    -------
+    context manager
+        Gives ``module``; the noise is back after the block, and after an error in it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.nn import bayesian_norm, without_noise
+    >>> source, x = torch.nn.LayerNorm(4), torch.randn(3, 4)
+    >>> layer = bayesian_norm(source, alpha=0.1)
+    >>> with without_noise(layer):
+    ...     bool((layer(x) == source(x)).all())
+    True
+    """
     return layer_settings(module, deterministic=True)

@@ -26,6 +26,16 @@ class BayesianNetwork(PyroModule):
         Architecture and likelihood. Its own weights are not used.
     prior : NormalPrior
         Prior of every weight.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyro.infer import Predictive
+    >>> from uq.nn import MLP, BayesianNetwork, Network, NormalLikelihood, NormalPrior
+    >>> model = BayesianNetwork(Network(MLP(2, (8,), 1), NormalLikelihood(1)), NormalPrior(1.0))
+    >>> drawn = Predictive(model, num_samples=5)(torch.zeros(3, 2))  # from the prior
+    >>> drawn["y"].shape
+    torch.Size([5, 3, 1])
     """
 
     def __init__(self, network: Network, prior: NormalPrior) -> None:

@@ -24,7 +24,23 @@ INITIAL_SCALE = 0.5
 
 
 class Likelihood(nn.Module, ABC):
-    """p(y | outputs of the network)."""
+    """p(y | outputs of the network).
+
+    The parts work on what a network puts out:
+
+    - ``likelihood(outputs)``: parameters of the distribution of y, rows first;
+    - ``nll(parameters, y)``: what training minimises, in nats a row;
+    - ``predictive(parameters)``: the mixture over posterior draws, on a first axis of draws.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.nn import CategoricalLikelihood
+    >>> likelihood = CategoricalLikelihood(3)
+    >>> parameters = likelihood(torch.zeros(4, 3))  # outputs of a network for four rows
+    >>> likelihood.nll(parameters, torch.tensor([0, 1, 2, 0]))  # log 3 each
+    tensor([1.0986, 1.0986, 1.0986, 1.0986])
+    """
 
     n_outputs: int
     """Width that the network must have."""
@@ -47,7 +63,24 @@ class Likelihood(nn.Module, ABC):
 
 
 class CategoricalLikelihood(Likelihood):
-    """Class labels 0 … K−1 with logits from the network."""
+    """Class labels 0 … K−1 with logits from the network.
+
+    Parameters
+    ----------
+    n_classes : int
+        Number of classes K.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.nn import CategoricalLikelihood
+    >>> likelihood = CategoricalLikelihood(2)
+    >>> likelihood.n_outputs  # what the network must put out
+    2
+    >>> draws = torch.tensor([[[3.0, 0.0]], [[0.0, 3.0]]])  # logits (draws, rows, classes)
+    >>> likelihood.predictive((draws,)).probs
+    tensor([[0.5000, 0.5000]], dtype=torch.float64)
+    """
 
     def __init__(self, n_classes: int) -> None:
         super().__init__()
@@ -81,6 +114,25 @@ class NormalLikelihood(Likelihood):
         One learned standard deviation per output, or a second output of the network per target
         that gives the standard deviation at each input. Both are softplus + 1e-3, in units of the
         standardised target.
+
+    Raises
+    ------
+    ParameterError
+        If ``noise`` is neither.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.nn import NormalLikelihood
+    >>> likelihood = NormalLikelihood(1)
+    >>> loc, scale = likelihood(torch.tensor([[0.2], [1.5]]))
+    >>> scale.detach()  # learned: a parameter
+    tensor([[0.5000],
+            [0.5000]])
+    >>> likelihood.nll((loc, scale), torch.tensor([[0.2], [1.0]])).detach()
+    tensor([0.2258, 0.7258])
+    >>> NormalLikelihood(2, "heteroscedastic").n_outputs  # two means, two scales
+    4
     """
 
     def __init__(self, n_targets: int, noise: str = "homoscedastic") -> None:

@@ -18,6 +18,14 @@ class Network(nn.Module):
         Maps inputs (n, …) to outputs (n, likelihood.n_outputs).
     likelihood : Likelihood
         What the outputs mean.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.nn import MLP, CategoricalLikelihood, Network
+    >>> network = Network(MLP(4, (16,), 3), CategoricalLikelihood(3))
+    >>> loss = network.nll(torch.randn(8, 4), torch.arange(8) % 3).mean()  # nats per row
+    >>> loss.backward()
     """
 
     def __init__(self, body: nn.Module, likelihood: Likelihood) -> None:

@@ -73,6 +73,12 @@ class PFNCache:
     bias: Tensor | None = None
 
 
+def _normal(std: float, *shape: int) -> Tensor:
+    """Draw Normals; on the meta device only their shape, since torch._dynamo takes seconds then."""
+    tensor = torch.empty(*shape)
+    return tensor if tensor.is_meta else tensor.normal_(0, std)
+
+
 class _Block(nn.Module):
     """Pre-norm attention to the context and MLP, both 0 at first: the network starts linear."""
 
@@ -167,11 +173,12 @@ class PFN(nn.Module):
             self.embed_y = nn.Linear(1, d)
         else:
             borders = None
-            self.embed_y = nn.Embedding(config.n_outputs, d)
+            drawn = _normal(1.0, config.n_outputs, d)
+            self.embed_y = nn.Embedding.from_pretrained(drawn, freeze=False)
         self.register_buffer("borders", borders)
         self.embed_x = nn.Linear(2 * config.max_features, d)
         self.query_mark: nn.Parameter = nn.Parameter(torch.zeros(d))
-        self.context_rows: nn.Parameter = nn.Parameter(0.5 * torch.randn(config.context_tokens, d))
+        self.context_rows: nn.Parameter = nn.Parameter(_normal(0.5, config.context_tokens, d))
         self.blocks: nn.ModuleList = nn.ModuleList(
             _Block(d, config.n_heads, config.d_ff) for _ in range(config.n_layers)
         )
@@ -297,6 +304,17 @@ def save_pfn(
         If the file cannot be written; whatever was there before is unchanged.
     ParameterError
         If ``meta`` is not plain JSON, or a weight is too large for ``dtype``.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from uq.nn import PFN, PFNConfig, load_pfn, save_pfn
+    >>> network = PFN(PFNConfig("classification", 3, 4, d_model=16, n_layers=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pfn(f"{folder}/mine.safetensors", network, {"prior": "mine"})
+    ...     network, meta = load_pfn(f"{folder}/mine.safetensors")
+    >>> network.config.n_outputs, meta["prior"]
+    (4, 'mine')
     """
     try:
         header = json.dumps(
@@ -342,6 +360,13 @@ def load_pfn(path: str | Path) -> tuple[PFN, dict[str, Any]]:
     LoadError
         If the file is damaged, is not a prior-data fitted network of uq, or its tensors do not fit
         the sizes that it states.
+
+    Examples
+    --------
+    >>> from uq.nn import load_pfn
+    >>> network, meta = load_pfn("tabular-classification")
+    >>> network.config.task, network.config.max_features, network.config.n_outputs
+    ('classification', 10, 10)
     """
     if str(path) in SHIPPED:
         packaged = files("uq").joinpath("weights", f"{path}.safetensors")

@@ -47,6 +47,13 @@ class PFNConfig:
         put in the order of their association with the target (:func:`preprocess`). False: the
         prior has a scale of its own (a GP with fixed hyper-parameters); features lie in [0, 1] and
         targets are taken as they are.
+
+    Examples
+    --------
+    >>> from uq.nn import PFN, PFNConfig
+    >>> config = PFNConfig("classification", max_features=5, n_outputs=3, d_model=16, n_layers=2)
+    >>> sum(p.numel() for p in PFN(config).parameters())
+    13643
     """
 
     task: Literal["regression", "classification"]
@@ -233,6 +240,18 @@ def preprocess(
     ------
     ParameterError
         If the shapes do not fit, or there are more columns than the network has.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.nn import PFNConfig, preprocess
+    >>> config = PFNConfig("regression", max_features=3, n_outputs=10)
+    >>> X = torch.tensor([[[0.0, 5.0], [1.0, 5.0], [2.0, 5.0]]])  # one table: 3 rows, 2 columns
+    >>> Xc, yc, Xq, scaling = preprocess(X, torch.tensor([[10.0, 20.0, 30.0]]), X[:, :1], config)
+    >>> Xc.shape, Xq.shape  # padded to 3 columns; as many say which cells are there
+    (torch.Size([1, 3, 6]), torch.Size([1, 1, 6]))
+    >>> scaling.y_mean + scaling.y_scale * yc  # back in the units of the target
+    tensor([[10., 20., 30.]])
     """
     scaling = PFNScaling.fit(X_context, y_context, config)
     return (

@@ -129,6 +129,17 @@ class ExemplarAdaptor(nn.Module):
         Width of the exemplars.
     n_classes : int
         Number of logits.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.nn import ExemplarAdaptor
+    >>> adaptor = ExemplarAdaptor(n_features=32, n_exemplar=8, n_classes=3)
+    >>> features = torch.randn(10, 32)
+    >>> adaptor.normalise(features)  # once, with those of the training rows
+    >>> exemplars, logits = adaptor(features)
+    >>> exemplars.shape, logits.shape
+    (torch.Size([10, 8]), torch.Size([10, 3]))
     """
 
     mean: Tensor
@@ -171,6 +182,16 @@ class FeatureNetwork(nn.Module):
     ------
     ParameterError
         If there is no such submodule.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.nn import MLP, FeatureNetwork
+    >>> net = MLP(4, (16, 8), 3)
+    >>> FeatureNetwork(net, "penultimate")(torch.randn(5, 4)).shape
+    torch.Size([5, 8])
+    >>> FeatureNetwork(net)(torch.randn(5, 4)).shape  # outputs
+    torch.Size([5, 3])
     """
 
     def __init__(self, network: nn.Module, layer: str | None = None) -> None:

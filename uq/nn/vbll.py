@@ -66,6 +66,18 @@ class BayesianLastLayer(nn.Module, ABC):
         Width of the features, without the constant; number of outputs or classes K.
     prior_variance : Tensor, scalar
         Variance s of the prior of each weight.
+
+    Examples
+    --------
+    Every head is trained and read in the same way:
+
+    >>> import torch
+    >>> from uq.nn import VBLLClassification
+    >>> head = VBLLClassification(16, 3)
+    >>> features = torch.randn(20, 16, requires_grad=True)  # of any network
+    >>> head.loss(features, torch.arange(20) % 3, n_rows=20).backward()
+    >>> head.predictive(features.detach()).probs.shape
+    torch.Size([20, 3])
     """
 
     prior_variance: Tensor
