@@ -303,6 +303,22 @@ class ABNNPosterior(WeightPosterior):
         What each of T members has for itself, by name, stacked on a first axis.
     seed : int, default=0
         Seed of the noise.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from uq.inference import ABNNPosterior, to_abnn
+    >>> from uq.nn import CategoricalLikelihood, Network
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+    >>> members = [to_abnn(net) for _ in range(2)]  # each fine-tuned
+    >>> own = {
+    ...     f"body.1.{name}": torch.stack([getattr(m[1], name).detach() for m in members])
+    ...     for name in ("weight", "bias")
+    ... }
+    >>> posterior = ABNNPosterior(Network(members[0], CategoricalLikelihood(3)), own)
+    >>> posterior(torch.randn(5, 4), n_samples=10).n_draws  # 10 of each member
+    20
     """
 
     def __init__(self, network: Network, members: Weights, seed: int = 0) -> None:
@@ -446,6 +462,16 @@ def epistemic_parts(dist: Predictive, n_members: int) -> dict[str, Tensor]:
     ------
     DataError
         If the draws are no multiple of ``n_members``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.distributions import NormalMixture
+    >>> from uq.inference import epistemic_parts
+    >>> means = torch.tensor([[0.0], [4.0], [2.0], [4.0]])  # draws of members 0, 1, 0, 1; one row
+    >>> parts = epistemic_parts(NormalMixture(means, torch.tensor(1.0)), n_members=2)
+    >>> parts["between_members"].item(), parts["within_members"].item()  # squared target units
+    (2.25, 0.5)
     """
     if dist.n_draws % n_members:
         raise DataError(f"epistemic_parts: {dist.n_draws} draws are not L × {n_members} members.")

@@ -25,6 +25,15 @@ class EvidentialPosterior(Posterior):
         :class:`uq.nn.NormalInverseGammaHead`.
     seed : int, default=0
         Seed of :meth:`functions`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import EvidentialPosterior
+    >>> from uq.nn import MLP, DirichletHead
+    >>> net, head = MLP(2, (8,), 3), DirichletHead(3)  # trained by ``head.loss``
+    >>> EvidentialPosterior(net, head)(torch.randn(5, 2)).concentration.shape
+    torch.Size([5, 3])
     """
 
     def __init__(self, network: nn.Module, head: nn.Module, seed: int = 0) -> None:

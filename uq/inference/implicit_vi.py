@@ -491,6 +491,15 @@ class ImplicitPosterior(WeightPosterior):
         Makes the others.
     sigma : float
         Standard deviation of the noise on every weight.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import ImplicitPosterior
+    >>> from uq.nn import MLP, Network, NormalLikelihood
+    >>> posterior = ImplicitPosterior(Network(MLP(1, (8,), 1), NormalLikelihood(1)), None, 0.01)
+    >>> posterior(torch.zeros(5, 1), n_samples=10).n_draws  # posterior.q is what is trained
+    10
     """
 
     def __init__(
@@ -557,6 +566,28 @@ class ImplicitGuide(AutoContinuous):
         L′ or L″.
     init_std : float, default=0.05
         Standard deviation at the start, with the default generator.
+
+    Examples
+    --------
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer import Trace_ELBO
+    >>> from uq.inference import ImplicitGuide
+    >>> def model(y):
+    ...     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    ...     with pyro.plate("data", len(y)):
+    ...         pyro.sample("y", dist.Exponential(rate), obs=y)
+    >>> y = torch.tensor([0.5, 1.0, 1.5])
+    >>> guide = ImplicitGuide(model)
+    >>> _ = guide(y)  # makes the generator
+    >>> elbo = Trace_ELBO()(model, guide)
+    >>> optimizer = torch.optim.Adam(elbo.parameters(), 0.01)
+    >>> for _ in range(20):
+    ...     optimizer.zero_grad()
+    ...     elbo(y).backward()
+    ...     _ = optimizer.step()
+    >>> bool(guide(y)["rate"] > 0)
+    True
     """
 
     def __init__(

@@ -26,7 +26,12 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """First-order leave-one-out estimates for n training examples, at the posterior mean."""
+    """First-order leave-one-out estimates for n training examples, at the posterior mean.
+
+    See Also
+    --------
+    leave_one_out : makes one; it has an example.
+    """
 
     shift: Tensor
     """Move of the network's outputs at example i when i is left out, shape (n, n_outputs)."""

@@ -59,7 +59,14 @@ _MAX_GRAPHS = 16
 
 @dataclass(frozen=True)
 class MaskedState:
-    """Where chains are."""
+    """Where chains are.
+
+    Of C chains, D weights and M hidden nodes.
+
+    See Also
+    --------
+    MaskedBNN.draw_state : draws one from the prior.
+    """
 
     weights: Tensor
     """(C, D)."""
@@ -103,6 +110,21 @@ class MaskedBNN:
         Its scale.
     noise_prior : tuple of float, default=(1, 0.01)
         a and b of σ² ~ InvGamma(a, b), in squared units of ``y``.
+
+    See Also
+    --------
+    MaskedBNNKernel : samples it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import MaskedBNN, WidthPrior
+    >>> from uq.nn.masked_bnn import MaskedMLP
+    >>> x = torch.linspace(-1, 1, 20)[:, None]
+    >>> model = MaskedBNN(MaskedMLP((1, 8, 1)), x, x.square(), WidthPrior([8], [0.1], [1]))
+    >>> state = model.draw_state(4, torch.Generator().manual_seed(0))  # four chains
+    >>> state.weights.shape, state.masks.shape, state.variance.shape
+    (torch.Size([4, 25]), torch.Size([4, 8]), torch.Size([4, 1]))
     """
 
     network: MaskedNetwork
@@ -228,6 +250,12 @@ class MaskedMoves:
         A mask move flips 1 to this many nodes; set probabilities cost its factorial.
     death, birth : {"small", "informed", "uniform"}
         Weights of the nodes in either direction; see ``proposal_log_weights``.
+
+    Examples
+    --------
+    >>> from uq.inference import MaskedMoves
+    >>> MaskedMoves(n_leapfrog=10)  # the argument ``moves`` of :class:`MaskedBNNKernel`
+    MaskedMoves(n_leapfrog=10, n_mask_moves=10, max_flips=3, death='small', birth='uniform')
     """
 
     n_leapfrog: int = 20

@@ -73,7 +73,22 @@ class WidthPrior:
 
 
 def width_penalty(strength: float, n: float) -> float:
-    """c = (λ log n)⁵ of the prior π(p) ∝ exp(−c p²) on widths, in nats; 0 for a single row."""
+    """c = (λ log n)⁵ of the prior π(p) ∝ exp(−c p²) on widths, in nats; 0 for a single row.
+
+    Parameters
+    ----------
+    strength : float
+        λ.
+    n : float
+        Number of rows.
+
+    Examples
+    --------
+    >>> from uq.inference import WidthPrior, width_penalty
+    >>> width_penalty(0.1, 1000)
+    0.157
+    >>> prior = WidthPrior([100], [width_penalty(0.1, 1000)], [1])  # of a layer of 100 nodes
+    """
     return (strength * math.log(max(n, 1.0))) ** 5
 
 

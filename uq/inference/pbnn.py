@@ -318,6 +318,20 @@ class SGSMC(_ParticleObjective):
     -----
     A batch of M rows costs about move_steps · M/3 passes over it. The cloud is the posterior given
     the last batch alone: use :func:`refresh` after training.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import SGSMC, ParticleNetwork, stochastic_names
+    >>> from uq.nn import MLP, Network, NormalLikelihood
+    >>> x = torch.linspace(-2, 2, 20)[:, None]
+    >>> body = MLP(1, (10, 4), 1)
+    >>> net = ParticleNetwork(Network(body, NormalLikelihood(1)), stochastic_names(body))
+    >>> smc = SGSMC(net, 50, generator=torch.Generator().manual_seed(0), move_steps=2)
+    >>> loss = smc(x, x.sin())  # nats per row
+    >>> loss.backward()
+    >>> smc.particles.shape  # 10 · 4 weights and 4 biases
+    torch.Size([50, 44])
     """
 
     def __init__(
@@ -363,7 +377,8 @@ class SGSMC(_ParticleObjective):
         )
         state = sampler._start(self.generator)
         try:
-            sampler._walk(state, self.generator)
+            for _ in sampler._walk(state, self.generator):
+                pass
         except DataError:  # no particle is possible: let the loss say so
             return self._anchored(self.model(self.particles, x, y, weight).sum() * math.nan)
         result = sampler._finish(state, interrupted=False)
@@ -443,6 +458,17 @@ class PartialPosterior(WeightPosterior):
         Parameters of its body that are φ.
     particles : Tensor of shape (S, D)
         Values of φ, flattened in the order of ``names``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import PartialPosterior
+    >>> from uq.nn import MLP, CategoricalLikelihood, Network
+    >>> network = Network(MLP(2, (4,), 2), CategoricalLikelihood(2))
+    >>> biases = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # two particles of the last bias
+    >>> posterior = PartialPosterior(network, ["2.bias"], biases)
+    >>> posterior(torch.zeros(3, 2)).n_draws
+    2
     """
 
     particles: Tensor

@@ -118,6 +118,17 @@ class ParticleNetwork(nn.Module):
     -----
     Used in eval mode, so that neither dropout nor batch statistics couple particles. Layers before
     the first stochastic one run once for all particles; nothing has the size of S times ψ.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import ParticleNetwork
+    >>> from uq.nn import MLP, CategoricalLikelihood, Network
+    >>> network = Network(MLP(2, (4,), 3), CategoricalLikelihood(3))
+    >>> net = ParticleNetwork(network, ["2.weight", "2.bias"])
+    >>> particles = torch.randn(100, net.dim)  # 3 · 4 weights and 3 biases
+    >>> net(particles, torch.randn(20, 2), torch.arange(20) % 3).shape  # log likelihoods
+    torch.Size([100])
     """
 
     def __init__(self, network: Network, names: list[str], max_memory_mb: float = 256) -> None:

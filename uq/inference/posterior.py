@@ -33,7 +33,23 @@ _FEATURE_ROWS = 8192
 
 
 class Posterior(nn.Module, ABC):
-    """What a method inferred. ``state_dict()`` holds all of it."""
+    """What a method inferred. ``state_dict()`` holds all of it.
+
+    Estimators keep theirs as ``model.posterior_``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import DrawsPosterior
+    >>> from uq.nn import MLP, CategoricalLikelihood, Network
+    >>> networks = [Network(MLP(2, (4,), 3), CategoricalLikelihood(3)) for _ in range(5)]
+    >>> posterior = DrawsPosterior.stack(networks)
+    >>> x = torch.randn(7, 2)
+    >>> posterior(x).probs.shape  # a predictive distribution, as estimators give
+    torch.Size([7, 3])
+    >>> posterior.functions(x, 2).shape  # two functions, at all rows
+    torch.Size([2, 7, 3])
+    """
 
     seed: Tensor
     """Seed of the draws that a prediction uses: predicting twice gives the same numbers."""
@@ -116,6 +132,18 @@ class DrawsPosterior(WeightPosterior):
         Gives the architecture.
     draws : dict of Tensor
         Parameters and buffers by name, stacked on a first axis of draws.
+
+    Examples
+    --------
+    A deep ensemble of networks that were trained elsewhere:
+
+    >>> import torch
+    >>> from uq.inference import DrawsPosterior
+    >>> from uq.nn import MLP, Network, NormalLikelihood
+    >>> networks = [Network(MLP(2, (8,), 1), NormalLikelihood(1)) for _ in range(3)]
+    >>> dist = DrawsPosterior.stack(networks)(torch.zeros(5, 2))
+    >>> dist.n_draws, dist.epistemic.shape
+    (3, torch.Size([5, 1]))
     """
 
     def __init__(self, network: Network, draws: Weights, seed: int = 0) -> None:
@@ -171,6 +199,19 @@ class NormalPosterior(WeightPosterior):
         Means, and the architecture.
     stds : dict of Tensor
         Standard deviation of each parameter, by name.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import NormalPosterior
+    >>> from uq.nn import CategoricalLikelihood, Network
+    >>> network = Network(torch.nn.Linear(1, 2, bias=False), CategoricalLikelihood(2))
+    >>> _ = torch.nn.init.constant_(network.body.weight, 1.0)
+    >>> posterior = NormalPosterior(network, {"body.weight": torch.full((2, 1), 0.5)})
+    >>> posterior.at_mean(torch.ones(1, 1)).probs
+    tensor([[0.5000, 0.5000]], dtype=torch.float64)
+    >>> posterior(torch.ones(1, 1), n_samples=100).epistemic.item() > 0.01  # nats
+    True
     """
 
     def __init__(self, network: Network, stds: Weights, seed: int = 0) -> None:
@@ -247,6 +288,19 @@ class MixturePosterior(Posterior):
     members : list of NormalPosterior
         Over networks of one architecture that were trained from different initial weights; each
         with a seed of its own.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import IVON, MixturePosterior
+    >>> from uq.nn import MLP, CategoricalLikelihood, Network
+    >>> networks = [Network(MLP(2, (4,), 3), CategoricalLikelihood(3)) for _ in range(2)]
+    >>> members = [
+    ...     IVON(net.parameters(), 0.1, ess=20).posterior(net, seed=i)
+    ...     for i, net in enumerate(networks)
+    ... ]
+    >>> MixturePosterior(members)(torch.randn(5, 2), n_samples=8).n_draws  # 8 of each
+    16
     """
 
     def __init__(self, members: list[NormalPosterior], seed: int = 0) -> None:
@@ -288,6 +342,16 @@ class LastLayerPosterior(Posterior):
         Maps inputs to features (n, D).
     head : BayesianLastLayer
         Posterior over the last layer's weights.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import LastLayerPosterior
+    >>> from uq.nn import VBLLRegression
+    >>> body, head = torch.nn.Linear(3, 16), VBLLRegression(16)  # trained by ``head.loss``
+    >>> dist = LastLayerPosterior(body, head)(torch.randn(5, 3))
+    >>> dist.stddev.shape  # in the units of the targets
+    torch.Size([5, 1])
     """
 
     def __init__(self, body: nn.Module, head: BayesianLastLayer, seed: int = 0) -> None:

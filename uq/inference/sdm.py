@@ -49,6 +49,10 @@ class Matches:
         L2 distance to the nearest support row; infinite where none is left.
     nearest : Tensor of shape (n,), int64
         Position of that row; -1 where none is left.
+
+    See Also
+    --------
+    match : makes one; it has an example.
     """
 
     q: Tensor

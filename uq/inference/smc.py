@@ -67,6 +67,23 @@ class DataSchedule:
         Number of rows in all.
     batch_size : int, default=1
         Rows that enter together.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import DataSchedule, SMCSampler
+    >>> y = torch.full((10,), 2.0)
+    >>> sampler = SMCSampler(
+    ...     lambda shape, g: torch.randn(*shape, 1, generator=g),
+    ...     lambda theta: -0.5 * theta.square().sum(-1),
+    ...     lambda theta, rows: -0.5 * (y[rows] - theta).square().sum(-1),
+    ...     schedule=DataSchedule(n_rows=10, batch_size=2),
+    ... )
+    >>> result = sampler.run(seed=0)
+    >>> result.temperatures  # share of the rows that are in
+    tensor([0.2000, 0.4000, 0.6000, 0.8000, 1.0000], dtype=torch.float64)
+    >>> abs(float(result.resample(500).mean()) - 20 / 11) < 0.1  # posterior N(20/11, 1/11)
+    True
     """
 
     n_rows: int
@@ -78,6 +95,10 @@ class SMCResult:
     """What a run of :class:`SMCSampler` found. With ``n_runs`` there is an axis of runs in front.
 
     Entries that have one value for each target are ordered as the targets were.
+
+    See Also
+    --------
+    SMCSampler.run : makes one; its class has an example.
     """
 
     particles: Any

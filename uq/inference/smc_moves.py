@@ -45,6 +45,25 @@ class RandomWalk:
         Of the proposal. Diagonal where D exceeds the number of particles.
     scale : float, optional
         Fixes s, without adaptation.
+
+    Raises
+    ------
+    ParameterError
+        If ``n_steps`` is no integer of at least 1, or ``covariance`` is neither.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import RandomWalk, SMCSampler
+    >>> sampler = SMCSampler(
+    ...     lambda shape, g: torch.randn(*shape, 2, generator=g),
+    ...     lambda theta: -0.5 * theta.square().sum(-1),
+    ...     lambda theta: -0.5 * (theta - 1.0).square().sum(-1),
+    ...     RandomWalk(n_steps=5, covariance="diagonal"),
+    ...     n_particles=500,
+    ... )
+    >>> bool((sampler.run(seed=0).resample(500).mean(0) - 0.5).abs().max() < 0.1)  # N(1/2, 1/2)
+    True
     """
 
     def __init__(
@@ -112,6 +131,25 @@ class HMC:
     -----
     Densities must be differentiable by autograd. Steps vary by ±20 % from trajectory to trajectory,
     so that none closes on itself.
+
+    Raises
+    ------
+    ParameterError
+        If ``n_leapfrog`` or ``n_steps`` is no integer of at least 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import HMC, SMCSampler
+    >>> sampler = SMCSampler(
+    ...     lambda shape, g: torch.randn(*shape, 2, generator=g),
+    ...     lambda theta: -0.5 * theta.square().sum(-1),
+    ...     lambda theta: -0.5 * (theta - 1.0).square().sum(-1),
+    ...     HMC(n_leapfrog=5),
+    ...     n_particles=500,
+    ... )
+    >>> bool((sampler.run(seed=0).resample(500).mean(0) - 0.5).abs().max() < 0.1)  # N(1/2, 1/2)
+    True
     """
 
     def __init__(

@@ -62,6 +62,13 @@ def removal_score(criterion: str, mean: Tensor, std: Tensor) -> Tensor:
     "snr_abs" is a strictly increasing function of |μ|/σ, equal to 1.3236 at 0 with three
     derivatives of zero there, so that rounding hides the order of weights with |μ|/σ below 1e-4:
     :class:`SSVI` orders by |μ|/σ for both.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import removal_score
+    >>> removal_score("snr", torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]))  # the second goes
+    tensor([2.0000, 0.5000], dtype=torch.float64)
     """
     mean, std = mean.double(), std.double()
     if criterion == "snr":

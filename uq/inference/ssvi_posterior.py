@@ -36,6 +36,17 @@ class SparsePosterior(WeightPosterior):
     network : Network
         In compact form, by :func:`uq.nn.ssvi_compact.compact`. Biases and other parameters are
         points.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from uq.inference import SparsePosterior
+    >>> from uq.nn import MLP, CategoricalLikelihood, Network
+    >>> from uq.nn.ssvi import sparsify
+    >>> from uq.nn.ssvi_compact import compact
+    >>> network = Network(sparsify(MLP(20, (30,), 3), density=0.1), CategoricalLikelihood(3))
+    >>> SparsePosterior(compact(network))(torch.randn(5, 20), n_samples=8).n_draws
+    8
     """
 
     def __init__(self, network: Network, seed: int = 0) -> None:

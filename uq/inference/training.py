@@ -63,6 +63,10 @@ class TrainingStep:
     """What ``callback.on_step_end(step)`` sees after each step of the optimizer.
 
     What it returns is ignored.
+
+    See Also
+    --------
+    TrainingState : what a callback sees after each epoch; has an example.
     """
 
     epoch: int
@@ -82,6 +86,19 @@ class TrainingState:
 
     A callback that has a method ``on_step_end`` is told of each :class:`TrainingStep`, too. Fits
     without epochs (a closed form, no fine-tuning, the sampling that follows training) call none.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_wine
+    >>> from uq import MAPClassifier
+    >>> def stop_at_three(state):
+    ...     print(state.epoch, state.train_loss < 2)
+    ...     return state.epoch == 3
+    >>> X, y = load_wine(return_X_y=True)
+    >>> _ = MAPClassifier(callbacks=[stop_at_three], random_state=0).fit(X, y)
+    1 True
+    2 True
+    3 True
     """
 
     epoch: int
