@@ -55,7 +55,7 @@ smartquotes = False  # quotes in a docstring are those of strings
 toc_object_entries_show_parents = "hide"
 
 # Pages and notebooks. Notebooks keep the outputs that they were saved with.
-myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "fieldlist"]
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 suppress_warnings = ["toc.empty_glob"]

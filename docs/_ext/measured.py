@@ -43,7 +43,7 @@ def with_error(value: Any, error: Any) -> str:
     if value is None or pd.isna(value) or error is None or pd.isna(error) or error <= 0:
         return number(value)
     places = max(0, 1 - int(f"{error:.1e}".split("e")[1]))
-    return f"{value:.{places}f} ± {error:.{places}f}"
+    return f"{value:.{places}f}\u00a0±\u00a0{error:.{places}f}"  # which does not break
 
 
 def cells(table: pd.DataFrame, column: str) -> list[str]:
@@ -217,7 +217,7 @@ class Methods(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         rows = ["| method | estimators | cost | needs |", "| --- | --- | --- | --- |"]
         for key, m in METHODS.items():
-            names = ", ".join(f"{{py:class}}`uq.{m.class_name(t)}`" for t in m.tasks)
+            names = " ".join(f"{{py:class}}`~uq.{m.class_name(t)}`" for t in m.tasks)
             rows.append(f"| {{doc}}`/methods/{key}` | {names} | {m.cost} | {m.needs} |")
         return self.parse_text_to_nodes("\n".join(rows))
 
