@@ -215,22 +215,22 @@ def test_open_dataset(tmp_path, monkeypatch):
 def test_split_rows_partitions_and_keeps_class_shares():
     X = pd.DataFrame({"x": range(100)})
     y = pd.Series(["rare"] * 8 + ["common"] * 92)
-    X_train, X_test, y_train, y_test = split_rows(X, y, "classification", seed=3)
+    X_train, X_test, y_train, y_test = split_rows(X, y, "classification", random_state=3)
     assert sorted([*X_train["x"], *X_test["x"]]) == list(range(100))
     assert X_train.index.equals(y_train.index)
     assert X_test.index.equals(y_test.index)
     assert (y_test == "rare").sum() == 2
     assert len(y_test) == 25
-    again = split_rows(X, y, "classification", seed=3)[1]
+    again = split_rows(X, y, "classification", random_state=3)[1]
     assert again.index.equals(X_test.index)
-    assert not split_rows(X, y, "classification", seed=4)[1].index.equals(X_test.index)
+    assert not split_rows(X, y, "classification", random_state=4)[1].index.equals(X_test.index)
 
 
 def test_a_class_of_one_row_is_trained_on():
     y = pd.Series(["a"] * 10 + ["b"] * 10 + ["typo"])
     X = pd.DataFrame({"x": range(21)})
     for seed in range(5):
-        *_, y_train, y_test = split_rows(X, y, "classification", seed=seed)
+        *_, y_train, y_test = split_rows(X, y, "classification", random_state=seed)
         assert "typo" in set(y_train)
         assert set(y_test) == {"a", "b"}
 

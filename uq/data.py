@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
     from uq.models.registry import Task
 
+__all__ = [
+    "Dataset",
+    "infer_task",
+    "load_dataset",
+    "open_dataset",
+    "read_table",
+    "split_rows",
+    "split_target",
+]
+
 MAX_WHOLE_NUMBER_CLASSES = 20
 _SNIFFED_BYTES = 1 << 16
 _SEPARATORS = ",;\t|"
@@ -54,6 +64,10 @@ class Dataset:
         What the rows of ``ood`` are.
     noise_std : ndarray of shape (n,) or None
         True standard deviation of ``y`` given each row, in target units, where it is known.
+
+    See Also
+    --------
+    load_dataset, open_dataset : make one.
     """
 
     name: str
@@ -268,6 +282,24 @@ def open_dataset(source: str, *, target: str | None = None, task: Task | None = 
         If ``target`` is missing or superfluous.
     DataError
         If the file or the column cannot be used.
+
+    Returns
+    -------
+    Dataset
+        Named after the file, without its suffixes.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import pandas as pd
+    >>> from uq.data import open_dataset
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "houses.csv"
+    ...     pd.DataFrame({"area": [50, 80], "price": [210.5, 300.0]}).to_csv(path, index=False)
+    ...     houses = open_dataset(str(path), target="price")
+    >>> houses.name, houses.task, list(houses.X)
+    ('houses', 'regression', ['area'])
     """
     if source in DATASETS:
         if target is not None:
@@ -303,6 +335,25 @@ def read_table(path: str | Path) -> pd.DataFrame:
     ------
     DataError
         If the file is missing, empty, damaged, has no rows or is of another type.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a line; the names of its columns are text.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import pandas as pd
+    >>> from uq.data import read_table
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "people.csv"
+    ...     pd.DataFrame({"name": ["Anna"], "kg": [61.5]}).to_csv(path, index=False)
+    ...     table = read_table(path)
+    >>> table
+       name    kg
+    0  Anna  61.5
     """
     import pandas as pd
 
@@ -458,7 +509,7 @@ def infer_task(y: pd.Series) -> Task:
 
 
 def split_rows(
-    X: pd.DataFrame, y: pd.Series, task: Task, *, test_size: float = 0.25, seed: int = 0
+    X: pd.DataFrame, y: pd.Series, task: Task, *, test_size: float = 0.25, random_state: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.Series, pd.Series]:
     """Split rows at random into a training and a held-out part.
 
@@ -467,21 +518,36 @@ def split_rows(
 
     Parameters
     ----------
-    X, y : DataFrame and Series with the same rows
+    X : pandas.DataFrame of shape (n, d)
+        Features.
+    y : pandas.Series of shape (n,)
+        Labels or numbers of the same rows.
     task : {"classification", "regression"}
+        Whether class shares are kept.
     test_size : float, default=0.25
         Share of rows that is held out, in (0, 1).
-    seed : int, default=0
+    random_state : int, default=0
         Same seed, same parts.
 
     Returns
     -------
-    X_train, X_test, y_train, y_test
+    X_train, X_test, y_train, y_test : pandas objects
+        With the rows' labels, in random order.
 
     Raises
     ------
+    ParameterError
+        If ``test_size`` is not in (0, 1).
     DataError
         If a part would be empty.
+
+    Examples
+    --------
+    >>> from uq.data import load_dataset, split_rows
+    >>> wine = load_dataset("wine")
+    >>> X_train, X_test, y_train, y_test = split_rows(wine.X, wine.y, wine.task)
+    >>> len(X_train), len(X_test)
+    (133, 45)
     """
     import pandas as pd
     from sklearn.model_selection import train_test_split
@@ -505,7 +571,7 @@ def split_rows(
             + (": no class has two rows." if len(only) else ".")
         )
     train, test = train_test_split(
-        positions, test_size=test_size, random_state=seed, stratify=strata
+        positions, test_size=test_size, random_state=random_state, stratify=strata
     )
     train = np.concatenate([train, only])
     return X.iloc[train], X.iloc[test], y.iloc[train], y.iloc[test]

@@ -2,7 +2,20 @@
 
 
 class UQError(Exception):
-    """Base class of every error that uq raises itself."""
+    """Base class of every error that uq raises itself.
+
+    Messages name the argument, what came, what was expected and what to do. Each class is also the
+    built-in error that it refines, so that ``except ValueError`` keeps working.
+
+    Examples
+    --------
+    >>> import uq
+    >>> try:
+    ...     uq.data.load_dataset("digit")
+    ... except uq.UQError as error:
+    ...     print(error)
+    data set 'digit' is unknown; did you mean 'digits'?
+    """
 
 
 class ParameterError(UQError, ValueError):

@@ -71,7 +71,7 @@ def compare(args: argparse.Namespace) -> None:
             "--task regression predicts them as numbers",
         )
     X_train, X_test, y_train, y_test = split_rows(
-        data.X, data.y, data.task, test_size=args.test_size, seed=args.seed
+        data.X, data.y, data.task, test_size=args.test_size, random_state=args.seed
     )
     settings = {} if args.max_epochs is None else {"max_epochs": args.max_epochs}
     left_out: dict[str, str] = {}

@@ -124,7 +124,7 @@ class HMC:
         Leapfrog steps of a trajectory.
     n_steps : int, default=2
         Trajectories at each target.
-    target_acceptance : float, default=0.8
+    target_accept : float, default=0.8
         The step size follows it from one target to the next, never within one.
 
     Notes
@@ -152,13 +152,11 @@ class HMC:
     True
     """
 
-    def __init__(
-        self, n_leapfrog: int = 10, n_steps: int = 2, target_acceptance: float = 0.8
-    ) -> None:
+    def __init__(self, n_leapfrog: int = 10, n_steps: int = 2, target_accept: float = 0.8) -> None:
         check_count("HMC", n_leapfrog=n_leapfrog, n_steps=n_steps)
         self.n_leapfrog = n_leapfrog
         self.n_steps = n_steps
-        self.target_acceptance = target_acceptance
+        self.target_accept = target_accept
         self.log_step: Tensor | None = None
 
     def __call__(
@@ -190,7 +188,7 @@ class HMC:
             log_p = torch.where(take, log_q, log_p)
             accepted += take.to(theta.dtype).mean(-1)
         rate = accepted / self.n_steps
-        self.log_step = self.log_step + rate - self.target_acceptance
+        self.log_step = self.log_step + rate - self.target_accept
         return theta, rate
 
 
