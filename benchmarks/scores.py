@@ -53,7 +53,7 @@ def class_scores(dist: Any, y: np.ndarray) -> Row:
     found = {
         "nll": -float(dist.log_prob(torch.as_tensor(y)).double().mean()),
         "brier": brier_score(y, dist),
-        "ece_debiased": debiased_calibration_error(y, dist),
+        "ece_debiased": debiased_calibration_error(y, dist, kind="top_label"),
         "accuracy": accuracy(y, dist),
         "auroc_errors": misclassification_auroc(y, dist),
     }
