@@ -574,8 +574,8 @@ def render(out: Path = harness.RESULTS) -> Path:
         "# Results",
         "",
         "Every method against its paper, and against what a user would pick instead. This page is "
-        "made of the rows in [results](results) by `python -m benchmarks.run render`; no number "
-        "in it is typed.",
+        "made of the rows in [results](results) by `python -m benchmarks.run render`; no measured "
+        "number is typed, those of claims and sources are quoted.",
         "",
     ]
     parts: dict[str, Callable[[], Lines]] = {
