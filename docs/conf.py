@@ -76,7 +76,18 @@ def bring_tutorials() -> None:
         suppress_warnings.append("myst.xref_missing")
 
 
+def bring_results() -> None:
+    """Copy the tables of results, whose links lead to files that have no page."""
+    text = (DOCS.parent / "benchmarks" / "RESULTS.md").read_text()
+    text = re.sub(r"!\[(.*?)\]\((?!http)(.*?)\)", r"![\1](../benchmarks/\2)", text)
+    text = re.sub(r"(?<!!)\[(.*?)\]\((?!http|#)(.*?)\)", r"\1", text)
+    copy = DOCS / "results.md"
+    if not copy.exists() or copy.read_text() != text:
+        copy.write_text(text)
+
+
 bring_tutorials()
+bring_results()
 
 # Mathematics without a network: one file of MathJax that draws glyphs as SVG.
 _mathjax = importlib.util.find_spec("sphinx-mathjax-offline")

@@ -12,7 +12,7 @@ from uq.models.registry import METHODS
 
 DOCS = Path(__file__).parents[1] / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="a source archive has no docs")
-PARTS = ("calibration", "distributions", "inference", "kernels", "nn")
+PARTS = ("calibration", "data", "distributions", "inference", "kernels", "nn")
 
 
 def summarised():
@@ -32,8 +32,9 @@ def summarised():
 
 def exported(part):
     """``__all__`` of a part, read and not imported: that would take seconds."""
-    source = (Path(uq.__file__).parent / part / "__init__.py").read_text()
-    for node in ast.parse(source).body:
+    folder = Path(uq.__file__).parent / part
+    path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("__all__", "_EXPORTS"):
             return list(ast.literal_eval(node.value))
     raise AssertionError(f"uq.{part} has no __all__")
