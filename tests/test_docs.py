@@ -78,3 +78,38 @@ def test_tables_of_results_ask_for_columns_that_are_there():
             wanted = {column.split("=")[0].strip() for column in columns.split(",")}
             assert wanted <= there, (page.name, suite, wanted - there)
     assert asked > 10
+
+
+def test_means_are_over_the_splits_that_all_methods_have(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(DOCS / "_ext"))
+    import results
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    rows = [
+        {"set": "a", "split": 0, "method": "X", "nll": 9.0},  # measured again below
+        {"set": "a", "split": 0, "method": "Y", "nll": 3.0},
+        {"set": "a", "split": 0, "method": "X", "nll": 1.0},
+        {"set": "a", "split": 1, "method": "X", "nll": 3.0},
+        {"set": "a", "split": 1, "method": "Y", "nll": 4.0},
+        {"set": "a", "split": 2, "method": "X", "nll": 50.0},
+        {"set": "a", "split": 2, "method": "Y", "error": "MemoryError"},
+        {"set": "b", "split": 0, "method": "X", "nll": 7.0},
+    ]
+    assert results.read("suite") is None
+    (tmp_path / "suite.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    table, _, name = results.read("suite")
+    assert name == "suite.jsonl"
+    means = results.over_splits(table).set_index(["set", "method"])
+    assert means["nll"].to_dict() == {("a", "X"): 2.0, ("a", "Y"): 3.5, ("b", "X"): 7.0}
+    assert means.loc[("a", "X"), "nll_se"] == 1.0  # |3 − 1|/2
+    assert means["splits"].tolist() == [2, 2, 1]
+    assert results.with_error(2.0, 1.0) == "2.0\u00a0±\u00a01.0"
+    assert results.with_error(0.12345, 0.0123) == "0.123\u00a0±\u00a00.012"
+    assert results.with_error(1234.5, 67.0) == "1234\u00a0±\u00a067"
+    assert results.with_error(7.0, float("nan")) == "7"
+    assert [results.number(v) for v in (True, 0.12344, 1.5e-7, 3.0)] == [
+        "yes",
+        "0.1234",
+        "1.5e-07",
+        "3",
+    ]
