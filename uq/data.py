@@ -590,7 +590,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     "no column 'prize'; did you mean 'price'?"
     """
     folded = {k.lower(): k for k in known}
-    close = [folded[k] for k in get_close_matches(name.lower(), folded)]
+    close = [folded[k] for k in get_close_matches(str(name).lower(), folded)]
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     return f"; there are {_some(folded.values())}."

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.exceptions import NotFittedError
 
+import uq
 from tests.contract.estimators import (
     CASES,
     CLASSIFIERS,
@@ -99,6 +100,60 @@ def test_constructor_arguments_are_named(method, task, name, value):
     X, y = data(task)
     with pytest.raises(ParameterError, match=name):
         make(method, task, **{name: value}).fit(X, y)
+
+
+def test_slips_of_a_newcomer_are_answered_with_what_to_do():
+    """Checks that every estimator shares: one of them is enough."""
+    X, y = data("classification")
+    frame = pd.DataFrame(X).add_prefix("f")
+    model = make("map", "classification").fit(frame, y)
+    text = frame.assign(f1=["red", "blue"] * (len(X) // 2) + ["red"] * (len(X) % 2))
+    dates = frame.assign(f1=pd.date_range("2020-01-01", periods=len(X)))
+    for wrong, message in (
+        (("rows.csv", y), r"fit: X must hold data, got 'rows.csv'.*read_table"),
+        ((None, y), "fit: X must hold data, got None"),
+        ((frame, "target"), r"fit: y must hold data, got 'target'.*split_target"),
+        ((dict(frame), y), r"X must be an array or a table, got a dict; pandas.DataFrame"),
+        ((text, y), r"fit: could not convert.*TableModel"),
+        ((dates, y), r"fit: .*dates into numbers"),
+        ((frame, y[:-1]), "fit: .*the same rows"),
+        ((frame, np.eye(int(y.max()) + 1)[y]), r"fit: .*argmax"),
+        ((frame, y, "balanced"), "sample_weight must hold data, got 'balanced'"),
+    ):
+        with pytest.raises(DataError, match=f"(?s){message}"):
+            make("map", "classification").fit(*wrong)
+    for wrong, message in (
+        (frame[frame.columns[::-1]], r"same order.*X\[model.feature_names_in_\]"),
+        (frame.rename(columns={"f1": "F1"}), r"- F1\n.*feature_names_in_"),
+        ("rows.csv", "X must hold data"),
+    ):
+        with pytest.raises(DataError, match=f"(?s){message}"):
+            model.predict(wrong)
+    with pytest.raises(ParameterError, match="MAPClassifier: random_state must be an integer"):
+        make("map", "classification", random_state="seven").fit(X, y)
+    with pytest.raises(ParameterError, match="device must be 'auto' or a torch device such as"):
+        make("map", "classification", device="gpu").fit(X, y)
+    with pytest.raises(ParameterError, match=r"TableModel: estimator must.*uq.IVONClassifier\(\)"):
+        uq.TableModel("ivon").fit(frame, y)
+    with pytest.raises(DataError, match=r"TableModel\.fit: X must hold data"):
+        uq.TableModel(model).fit("rows.csv", y)
+
+
+@pytest.mark.parametrize(
+    ("make_part", "message"),
+    [
+        (lambda: uq.nn.MLP(3, 16, 2), "MLP: hidden must be a sequence of widths.*got 16"),
+        (lambda: uq.nn.NormalPrior(-1.0), "NormalPrior: scale must be a number > 0, got -1.0"),
+        (lambda: uq.nn.CategoricalLikelihood(0), "n_classes must be an integer >= 1, got 0"),
+        (lambda: uq.nn.NormalLikelihood(1.5), "n_targets must be an integer >= 1, got 1.5"),
+        (lambda: uq.inference.RandomWalk(covariance="ful"), "covariance must be.*got 'ful'"),
+        (lambda: uq.distributions.NormalMixture(np.zeros((1, 2)), 1.0), "must be tensors"),
+        (lambda: uq.data.load_dataset(3), "data set 3 is unknown; there are digits"),
+    ],
+)
+def test_parts_that_are_used_alone_check_their_arguments(make_part, message):
+    with pytest.raises(UQError, match=message):
+        make_part()
 
 
 @every

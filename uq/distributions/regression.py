@@ -97,6 +97,11 @@ class NormalMixture(RealPredictive):
         event_dim: int = 0,
         validate_args: bool | None = None,
     ) -> None:
+        if not isinstance(loc, Tensor) or not isinstance(scale, Tensor):
+            raise DataError(
+                f"NormalMixture: loc and scale must be tensors, got a {type(loc).__name__} and a "
+                f"{type(scale).__name__}; torch.as_tensor makes one."
+            )
         if loc.ndim < 1 + event_dim:
             raise DataError(
                 f"NormalMixture: loc needs a leading axis of draws, got shape {tuple(loc.shape)}."

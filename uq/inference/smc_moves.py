@@ -73,6 +73,10 @@ class RandomWalk:
         scale: float | None = None,
     ) -> None:
         check_count("RandomWalk", n_steps=n_steps)
+        if covariance not in ("full", "diagonal"):
+            raise ParameterError(
+                f"RandomWalk: covariance must be 'full' or 'diagonal', got {covariance!r}."
+            )
         self.n_steps = n_steps
         self.covariance = covariance
         self.fixed = scale

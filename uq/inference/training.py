@@ -158,7 +158,9 @@ def make_fabric(device: str, precision: str, strategy: str = "auto") -> Fabric:
             else torch.device(device)
         )
     except RuntimeError as error:
-        raise ParameterError(f"device {device!r} is not a torch device.") from error
+        raise ParameterError(
+            f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got {device!r}."
+        ) from error
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ParameterError(
             f"device {device!r} is not there ({torch.cuda.device_count()} CUDA devices are); "

@@ -20,7 +20,6 @@ import torch
 from sklearn.base import BaseEstimator, is_classifier
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import (
     _check_sample_weight,
     check_is_fitted,
@@ -43,7 +42,15 @@ from uq.inference.training import (
     make_fabric,
     train,
 )
-from uq.models.checks import check_choice, check_finite, check_hidden, check_number
+from uq.models.checks import (
+    advice,
+    check_choice,
+    check_finite,
+    check_hidden,
+    check_is_data,
+    check_number,
+    seed_of,
+)
 from uq.models.objectives import Objective, Seeds, TrainingData
 from uq.nn.bodies import MLP
 from uq.nn.likelihoods import Likelihood
@@ -229,7 +236,8 @@ class Estimator(BaseEstimator, ABC):
                 f"process, got {self.strategy!r}."
             )
         fabric = make_fabric(self.device, self.precision, self.strategy)
-        root = int(check_random_state(self.random_state).randint(2**31))
+        root = seed_of(self)
+        check_is_data(f"{type(self).__name__}.fit", X=X, y=y, sample_weight=sample_weight)
         checkpoints = self._open_checkpoints(root, resume, fabric)
         if checkpoints is not None:
             root = checkpoints.run["seed"]
@@ -312,15 +320,16 @@ class Estimator(BaseEstimator, ABC):
     ) -> TrainingData:
         name = type(self).__name__
         X = as_numpy(X)
-        X, y = validate_data(
-            self,
-            X,
-            as_numpy(y),
-            dtype=self._input_dtype(X),
-            allow_nd=self._takes_any_rows,
-            ensure_all_finite=False,
-            multi_output=not is_classifier(self),
-        )
+        with advice(f"{name}.fit"):
+            X, y = validate_data(
+                self,
+                X,
+                as_numpy(y),
+                dtype=self._input_dtype(X),
+                allow_nd=self._takes_any_rows,
+                ensure_all_finite=False,
+                multi_output=not is_classifier(self),
+            )
         self._check_inputs(X, f"{name}.fit")
         self.input_shape_ = tuple(int(side) for side in X.shape[1:])
         weight = None
@@ -603,15 +612,17 @@ class Estimator(BaseEstimator, ABC):
                 f"not a {type(X).__name__}."
             )
         index = getattr(X, "index", None) if hasattr(X, "iloc") else None
+        check_is_data(type(self).__name__, X=X)
         X = as_numpy(X)
-        X = validate_data(
-            self,
-            X,
-            reset=False,
-            dtype=self._input_dtype(X),
-            allow_nd=self._takes_any_rows,
-            ensure_all_finite=False,
-        )
+        with advice(type(self).__name__):
+            X = validate_data(
+                self,
+                X,
+                reset=False,
+                dtype=self._input_dtype(X),
+                allow_nd=self._takes_any_rows,
+                ensure_all_finite=False,
+            )
         if tuple(X.shape[1:]) != tuple(self.input_shape_):
             raise DataError(
                 f"{type(self).__name__}: X has rows of shape {tuple(X.shape[1:])}, but was fitted "

@@ -32,6 +32,7 @@ from sklearn.utils.validation import check_array, check_is_fitted
 
 from uq.data import split_target
 from uq.errors import DataError, ParameterError
+from uq.models.checks import check_is_data
 from uq.streams import RowChunks, TableStream, row_batches
 
 if TYPE_CHECKING:
@@ -390,6 +391,12 @@ class TableModel(MetaEstimatorMixin, BaseEstimator):
         DataError
             If values of ``y`` are missing, or are text for a regressor.
         """
+        if not hasattr(self.estimator, "predict_distribution"):
+            raise ParameterError(
+                "TableModel: estimator must have predict_distribution, as those of uq.methods() "
+                f"have, for example uq.IVONClassifier(), got {self.estimator!r}."
+            )
+        check_is_data("TableModel.fit", X=X, y=y)
         self.preprocessor_: Any = clone(self.preprocessor or TablePreprocessor()).fit(X)
         model = clone(self.estimator)
         options = {"resume": True} if resume else {}

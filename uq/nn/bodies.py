@@ -31,6 +31,11 @@ class MLP(nn.Sequential):
     norm : bool, default=False
         Layer normalisation before each ELU (ABNN puts its noise there).
 
+    Raises
+    ------
+    ParameterError
+        If ``hidden`` is no sequence.
+
     Examples
     --------
     >>> import torch
@@ -42,6 +47,10 @@ class MLP(nn.Sequential):
     def __init__(
         self, d_in: int, hidden: Sequence[int], d_out: int | None, *, norm: bool = False
     ) -> None:
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+            raise ParameterError(
+                f"MLP: hidden must be a sequence of widths, such as (64, 64), got {hidden!r}."
+            )
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise((d_in, *hidden)):
             layers.append(nn.Linear(width_in, width_out))

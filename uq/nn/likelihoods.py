@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from numbers import Integral
 
 import torch
 from pyro.distributions import Categorical, Normal, TorchDistribution
@@ -21,6 +22,11 @@ from uq.errors import ParameterError
 # lets the density run off to infinity on interpolated data.
 SCALE_FLOOR = 1e-3
 INITIAL_SCALE = 0.5
+
+
+def _check_count(owner: str, name: str, value: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ParameterError(f"{owner}: {name} must be an integer >= 1, got {value!r}.")
 
 
 class Likelihood(nn.Module, ABC):
@@ -70,6 +76,11 @@ class CategoricalLikelihood(Likelihood):
     n_classes : int
         Number of classes K.
 
+    Raises
+    ------
+    ParameterError
+        If ``n_classes`` is no integer of at least 1.
+
     Examples
     --------
     >>> import torch
@@ -84,6 +95,7 @@ class CategoricalLikelihood(Likelihood):
 
     def __init__(self, n_classes: int) -> None:
         super().__init__()
+        _check_count("CategoricalLikelihood", "n_classes", n_classes)
         self.n_outputs = n_classes
 
     def forward(self, outputs: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +130,7 @@ class NormalLikelihood(Likelihood):
     Raises
     ------
     ParameterError
-        If ``noise`` is neither.
+        If ``n_targets`` is no integer of at least 1, or ``noise`` is neither.
 
     Examples
     --------
@@ -137,6 +149,7 @@ class NormalLikelihood(Likelihood):
 
     def __init__(self, n_targets: int, noise: str = "homoscedastic") -> None:
         super().__init__()
+        _check_count("NormalLikelihood", "n_targets", n_targets)
         if noise not in ("homoscedastic", "heteroscedastic"):
             raise ParameterError(
                 f"noise must be 'homoscedastic' or 'heteroscedastic', got {noise!r}."

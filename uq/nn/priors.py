@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor
+
+from uq.errors import ParameterError
 
 
 class NormalPrior:
@@ -18,15 +21,22 @@ class NormalPrior:
     scale : float
         Standard deviation.
 
+    Raises
+    ------
+    ParameterError
+        Unless ``scale`` is a number above 0.
+
     Examples
     --------
-    >>> from uq.nn import MLP, NormalPrior
+    >>> from uq.nn import NormalPrior
     >>> NormalPrior(0.5).precision
     4.0
     """
 
     def __init__(self, scale: float) -> None:
-        self.scale = scale
+        if not isinstance(scale, Real) or not scale > 0:
+            raise ParameterError(f"NormalPrior: scale must be a number > 0, got {scale!r}.")
+        self.scale: float = scale
 
     @property
     def precision(self) -> float:
