@@ -1,6 +1,8 @@
 """The package as a whole: layers, lazy imports, exports."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +88,10 @@ def test_every_export_resolves():
     assert set(uq.__all__) <= set(dir(uq))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = uq.nothing
+    # With these two, Python's message ends in "Did you mean: …?".
+    with pytest.raises(AttributeError) as caught:
+        _ = uq.IVONClasifier
+    assert (caught.value.name, caught.value.obj) == ("IVONClasifier", uq)
 
 
 def test_methods_table():
@@ -93,3 +99,42 @@ def test_methods_table():
     assert {"ivon", "vbll", "ensemble", "map"} <= set(table.index)
     for name in table["classifier"]:
         assert hasattr(uq, name)
+
+
+PUBLIC = ("", ".calibration", ".data", ".distributions", ".inference", ".kernels", ".nn")
+# Made by functions and methods, whose examples show them; each says which under "See Also".
+RESULTS = {
+    "uq.calibration.Drift",
+    "uq.calibration.ShiftCurve",
+    "uq.data.Dataset",
+    "uq.inference.LeaveOneOut",
+    "uq.inference.MaskedState",
+    "uq.inference.Matches",
+    "uq.inference.SMCResult",
+    "uq.inference.TrainingStep",
+    "uq.nn.BayesianNorm",
+}
+
+
+def public_callables():
+    for part in PUBLIC:
+        module = importlib.import_module(f"uq{part}")
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value):
+                yield f"uq{part}.{name}", value
+
+
+def test_every_public_callable_has_an_example():
+    named = dict(public_callables())
+    assert len(named) > 150
+    assert set(named) >= RESULTS
+    lacking = []
+    for name, value in named.items():
+        doc = inspect.getdoc(value) or ""
+        if inspect.isclass(value) and issubclass(value, Warning):
+            continue
+        wanted = "See Also\n----" if name in RESULTS else "Examples\n----"
+        if wanted not in doc or (name not in RESULTS and ">>> " not in doc):
+            lacking.append(name)
+    assert not lacking
