@@ -449,6 +449,20 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 def split_target(frame: pd.DataFrame, target: str) -> tuple[pd.DataFrame, pd.Series]:
     """Split a table into features and the column ``target``.
 
+    Parameters
+    ----------
+    frame : pandas.DataFrame of shape (n, d + 1)
+        Table.
+    target : str
+        Name of a column.
+
+    Returns
+    -------
+    X : pandas.DataFrame of shape (n, d)
+        The other columns.
+    y : pandas.Series of shape (n,)
+        The column.
+
     Raises
     ------
     DataError
@@ -483,6 +497,16 @@ def infer_task(y: pd.Series) -> Task:
 
     Text, booleans and categoricals are labels. So are numbers when all are whole, at most 20 of
     them differ, and each of those comes twice or more on average. Everything else is regression.
+
+    Parameters
+    ----------
+    y : pandas.Series of shape (n,)
+        Target; missing values are passed over.
+
+    Returns
+    -------
+    {"classification", "regression"}
+        The task.
 
     Raises
     ------

@@ -43,6 +43,8 @@ class BarDistribution(RealPredictive):
         Increasing borders, in target units. (K + 1,) where all rows share them.
     event_dim : {0, 1}, default=0
         1 makes the outputs one event. Use :meth:`joint` rather than this.
+    validate_args : bool, optional
+        False leaves out the check of values, which reads all of them.
 
     Raises
     ------

@@ -35,6 +35,8 @@ class CategoricalMixture(ClassPredictive):
     classes : ndarray of shape (n_classes,), optional
         Labels, in the order of the columns of ``probs``; positions 0, 1, … by default. The
         distribution itself is over positions.
+    validate_args : bool, optional
+        False leaves out the check of values, which reads all of them.
 
     See Also
     --------

@@ -40,6 +40,8 @@ class DirichletCategorical(ClassPredictive):
     prior : float, default=1.0
         Concentration of each class when there is no evidence. 1 is the uniform distribution over
         class probabilities; a lower value lets the evidence weigh more.
+    validate_args : bool, optional
+        False leaves out the check of values, which reads all of them.
 
     Raises
     ------

@@ -31,6 +31,8 @@ class Empirical(RealPredictive):
         of a row belongs together.
     event_dim : {0, 1}, default=0
         1 makes the outputs one event, sampled together. Use :meth:`joint` rather than this.
+    validate_args : bool, optional
+        False leaves out the check of values, which reads all of them.
 
     Raises
     ------

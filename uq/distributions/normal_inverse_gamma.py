@@ -26,6 +26,11 @@ class NormalInverseGamma(Parametric):
     ``aleatoric`` is E σ² = β/(α − 1), ``epistemic`` is Var μ = β/(ν (α − 1)), in squared target
     units. Quantiles, CRPS and the rest are those of :class:`Parametric`.
 
+    Parameters
+    ----------
+    base, epistemic_share, event_dim, validate_args
+        Of :class:`Parametric`; the base is a Student t.
+
     Notes
     -----
     What the split means depends on how ν and α were found: see the warning of

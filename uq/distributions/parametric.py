@@ -35,6 +35,10 @@ class Parametric(RealPredictive):
     epistemic_share : Tensor, broadcastable to the batch of ``base``, optional
         Share of the variance, in [0, 1), that is uncertainty about the model, where a method has
         integrated it out in closed form.
+    event_dim : int, default=0
+        Batch dimensions on the right that are one event, as in ``pyro.distributions.Independent``.
+    validate_args : bool, optional
+        False leaves out the check of values, which reads all of them.
 
     Raises
     ------

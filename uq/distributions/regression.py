@@ -71,6 +71,8 @@ class NormalMixture(RealPredictive):
     event_dim : {0, 1}, default=0
         1 makes the outputs one event: ``log_prob`` then sums outputs inside the mixture. Use
         :meth:`joint` rather than this.
+    validate_args : bool, optional
+        False leaves out the check of values, which reads all of them.
 
     See Also
     --------

@@ -491,6 +491,10 @@ class ImplicitPosterior(WeightPosterior):
         Makes the others.
     sigma : float
         Standard deviation of the noise on every weight.
+    seed : int, default=0
+        Seed of the draws: predicting twice gives the same numbers.
+    **options
+        ``init_std`` of :class:`ImplicitWeights`.
 
     Examples
     --------

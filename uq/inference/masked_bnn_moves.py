@@ -82,6 +82,11 @@ def width_penalty(strength: float, n: float) -> float:
     n : float
         Number of rows.
 
+    Returns
+    -------
+    float
+        c, in nats.
+
     Examples
     --------
     >>> from uq.inference import WidthPrior, width_penalty

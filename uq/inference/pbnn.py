@@ -311,8 +311,16 @@ class OHSMC(_ParticleObjective):
 class SGSMC(_ParticleObjective):
     """Stochastic-gradient SMC: at each batch, IBIS from the prior through its rows.
 
-    Parameters as in :class:`OHSMC`. Metropolis moves follow only where particles are resampled,
-    with the covariance of the cloud.
+    Metropolis moves follow only where particles are resampled, with the covariance of the cloud.
+
+    Parameters
+    ----------
+    network, n_particles, generator, prior_scale, resampling, gradient, weight_factor
+        As in :class:`OHSMC`.
+    move_steps : int, default=10
+        Metropolis steps after each resampling.
+    ess_threshold : float, default=0.5
+        Resample where the effective sample size is at most this share of the particles.
 
     Notes
     -----
@@ -458,6 +466,8 @@ class PartialPosterior(WeightPosterior):
         Parameters of its body that are φ.
     particles : Tensor of shape (S, D)
         Values of φ, flattened in the order of ``names``.
+    seed : int, default=0
+        Seed of the draws: predicting twice gives the same numbers.
 
     Examples
     --------

@@ -37,6 +37,11 @@ class Posterior(nn.Module, ABC):
 
     Estimators keep theirs as ``model.posterior_``.
 
+    Parameters
+    ----------
+    seed : int, default=0
+        Seed of the draws: predicting twice gives the same numbers.
+
     Examples
     --------
     >>> import torch
@@ -132,6 +137,8 @@ class DrawsPosterior(WeightPosterior):
         Gives the architecture.
     draws : dict of Tensor
         Parameters and buffers by name, stacked on a first axis of draws.
+    seed : int, default=0
+        Seed of the draws: predicting twice gives the same numbers.
 
     Examples
     --------
@@ -199,6 +206,8 @@ class NormalPosterior(WeightPosterior):
         Means, and the architecture.
     stds : dict of Tensor
         Standard deviation of each parameter, by name.
+    seed : int, default=0
+        Seed of the draws: predicting twice gives the same numbers.
 
     Examples
     --------
@@ -288,6 +297,8 @@ class MixturePosterior(Posterior):
     members : list of NormalPosterior
         Over networks of one architecture that were trained from different initial weights; each
         with a seed of its own.
+    seed : int, default=0
+        Seed of the draws: predicting twice gives the same numbers.
 
     Examples
     --------
@@ -342,6 +353,8 @@ class LastLayerPosterior(Posterior):
         Maps inputs to features (n, D).
     head : BayesianLastLayer
         Posterior over the last layer's weights.
+    seed : int, default=0
+        Seed of the draws: predicting twice gives the same numbers.
 
     Examples
     --------
@@ -388,6 +401,8 @@ class BayesianFeaturesPosterior(LastLayerPosterior):
         Posterior over the last layer's weights.
     stds : dict of Tensor
         Standard deviation of each parameter of the body, by name.
+    seed : int, default=0
+        Seed of the draws: predicting twice gives the same numbers.
     """
 
     def __init__(

@@ -36,6 +36,8 @@ class SparsePosterior(WeightPosterior):
     network : Network
         In compact form, by :func:`uq.nn.ssvi_compact.compact`. Biases and other parameters are
         points.
+    seed : int, default=0
+        Seed of the draws: predicting twice gives the same numbers.
 
     Examples
     --------

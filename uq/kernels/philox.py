@@ -70,6 +70,23 @@ class Purpose(IntEnum):
 def stream(purpose: Purpose | int, tensor: int = 0) -> int:
     """Counter c2 of a tensor: its number (below 2²⁴) beside what the noise is for.
 
+    Parameters
+    ----------
+    purpose : Purpose or int
+        What the noise is for, below 256.
+    tensor : int, default=0
+        Number of the tensor, below 2²⁴.
+
+    Returns
+    -------
+    int
+        The argument ``stream`` of :func:`normal` and :func:`uniform`.
+
+    Raises
+    ------
+    ParameterError
+        If a number is out of its range.
+
     Examples
     --------
     >>> from uq.kernels.philox import Purpose, stream
@@ -162,6 +179,11 @@ def uniform(
         As of :func:`normal`.
     first : int, default=0
         Number of the sample.
+
+    Returns
+    -------
+    Tensor of shape ``shape``
+        In float64.
 
     Examples
     --------

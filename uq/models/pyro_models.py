@@ -250,8 +250,11 @@ model : callable
         Steps of variational inference on all rows, by Adam; 2,000 by default.
     lr : float, default=0.01
         Learning rate at its peak; 5 % warm-up, then cosine to 0.
-    device, precision, random_state, callbacks, verbose
-        As for the other estimators. Numbers that the model creates are of ``precision``.
+    device, precision, random_state, callbacks, checkpoint_dir, checkpoint_every, verbose
+        As for the other estimators. Numbers that the model creates are of ``precision``; chains
+        are not written to checkpoints, variational inference is.
+    strategy : {"auto"}, default="auto"
+        One process.
 
     Attributes
     ----------

@@ -183,6 +183,12 @@ def estimator_class(method: str, task: Task) -> type[Any]:
 def methods() -> pd.DataFrame:
     """Table of the methods: estimators, tasks, cost, what they need, paper.
 
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by the name that ``uq compare --methods`` takes; columns classifier, regressor (""
+        where there is none), cost, needs, paper.
+
     Examples
     --------
     >>> import uq

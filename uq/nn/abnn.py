@@ -186,6 +186,11 @@ def bayesian_norm(
     generator : torch.Generator, optional
         Source of the noise; torch's global generator by default.
 
+    Returns
+    -------
+    BayesianNorm
+        Of the layer's own class, too; the layer stays as it is.
+
     Raises
     ------
     ParameterError

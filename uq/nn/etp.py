@@ -49,6 +49,11 @@ def dirichlet_kl(alpha: Tensor, beta: Tensor) -> Tensor:
     alpha, beta : Tensor of shape (…, n_classes)
         Concentrations > 0. They should be float64 where they may be large.
 
+    Returns
+    -------
+    Tensor of shape (…,)
+        In nats.
+
     Examples
     --------
     >>> import torch

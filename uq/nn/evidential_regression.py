@@ -39,6 +39,19 @@ Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 def nig_nll(y: Tensor, loc: Tensor, nu: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """Negative log marginal likelihood of ``y`` under a Normal-inverse-Gamma, in nats.
 
+    Parameters
+    ----------
+    y : Tensor
+        Targets.
+    loc, nu, alpha, beta : Tensor of the same shape
+        γ, ν > 0, α > 1 and β > 0.
+
+    Returns
+    -------
+    Tensor of the same shape
+        In nats: minus the log density of a Student t with 2α degrees of freedom at ``y``
+        (Amini et al., NeurIPS 2020, eq. 8).
+
     Examples
     --------
     >>> import torch
@@ -60,6 +73,11 @@ def nig_kl(p: Parameters, q: Parameters) -> Tensor:
     ----------
     p, q : tuple of Tensor
         γ, ν, α, β of each.
+
+    Returns
+    -------
+    Tensor
+        KL(p ‖ q), in nats, of the shape of the parameters.
 
     Notes
     -----
