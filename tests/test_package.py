@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,4 +138,33 @@ def test_every_public_callable_has_an_example():
         wanted = "See Also\n----" if name in RESULTS else "Examples\n----"
         if wanted not in doc or (name not in RESULTS and ">>> " not in doc):
             lacking.append(name)
+    assert not lacking
+
+
+def documented(value, *sections):
+    """Names that the sections of a docstring describe."""
+    found = set()
+    for section in sections:
+        text = re.search(
+            rf"^{section}\n-+\n(.*?)(?=\n\n[A-Z][\w ]+\n---|\Z)", inspect.getdoc(value), re.M | re.S
+        )
+        lines = text[1].splitlines() if text else []
+        heads = [line.partition(" : ")[0] for line in lines if line and not line.startswith(" ")]
+        found |= {name.strip().lstrip("*") for head in heads for name in head.split(",")}
+    return found
+
+
+def test_every_parameter_of_a_public_callable_is_described():
+    # Their constructors are those of torch and enum.
+    inherited = {"ClassPredictive", "Likelihood", "Predictive", "Purpose", "RealPredictive"}
+    lacking = {}
+    for name, value in public_callables():
+        if name in RESULTS or name.rpartition(".")[2] in inherited:
+            continue
+        if inspect.isclass(value) and issubclass(value, Exception | uq.inference.TrainingState):
+            continue
+        known = documented(value, "Parameters", "Attributes")
+        missing = [p for p in inspect.signature(value).parameters if p not in known]
+        if missing:
+            lacking[name] = missing
     assert not lacking
