@@ -12,7 +12,14 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
-from uq.distributions import BarDistribution, CategoricalMixture, NormalMixture, Predictive
+from uq.distributions import (
+    BarDistribution,
+    CategoricalMixture,
+    Empirical,
+    NormalMixture,
+    Parametric,
+    Predictive,
+)
 from uq.errors import DataError, NoEpistemicError
 
 
@@ -152,3 +159,33 @@ def test_a_single_draw_has_no_epistemic_uncertainty():
         with pytest.raises(NoEpistemicError, match="single parameter value"):
             _ = d.epistemic
     assert (CASES["normal-one-draw"]().epistemic > 0).all()
+
+
+REAL = {
+    "normal": lambda: normal(torch.float64, (5,)),
+    "bars": lambda: bars(torch.float64, (5,)),
+    "draws": lambda: Empirical(torch.linspace(-1, 1, 45, dtype=torch.float64).view(9, 5)),
+    "student": lambda: Parametric(torch.distributions.StudentT(4.0, torch.zeros(5).double())),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("method", ["log_prob", "cdf", "crps"])
+def test_outcomes_may_be_arrays_and_must_fit_the_rows(name, method):
+    dist = REAL[name]()
+    if isinstance(dist, Empirical) and method == "log_prob":
+        pytest.skip("draws have no density")
+    y = [0.5, -0.25, 0.0, 1.0, 0.1]
+    expected = getattr(dist, method)(torch.tensor(y, dtype=torch.float64))
+    for same in (y, np.array(y), pd.Series(y, index=list("abcde"))):
+        torch.testing.assert_close(getattr(dist, method)(same), expected, rtol=0, atol=0)
+    where = f"{type(dist).__name__}.{method}"
+    with pytest.raises(DataError, match=rf"{where}: value has shape \(3,\), expected \(5,\)"):
+        getattr(dist, method)(torch.zeros(3))
+    with pytest.raises(DataError, match=f"{where}: value must hold numbers, got a list"):
+        getattr(dist, method)(["low"] * 5)
+
+
+def test_class_positions_must_fit_the_rows():
+    with pytest.raises(DataError, match=r"log_prob: value has shape \(3,\), expected \(5,\)"):
+        categorical(torch.float64, (5,)).log_prob(torch.zeros(3))

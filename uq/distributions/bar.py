@@ -352,6 +352,7 @@ class BarDistribution(RealPredictive):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats (per target unit); a joint event adds its outputs up."""
+        value = self._targets("log_prob", value)
         value, bucket, borders = self._find(value)
         log_p = torch.log_softmax(self.logits.double(), -1)
         width = borders.diff(dim=-1)
@@ -367,6 +368,7 @@ class BarDistribution(RealPredictive):
     def cdf(self, value: Tensor) -> Tensor:
         """Cumulative distribution of each output."""
         self._need_marginal("cdf")
+        value = self._targets("cdf", value)
         return self._cast(self._cdf(value))
 
     def _cdf(self, value: Tensor) -> Tensor:
@@ -437,6 +439,7 @@ class BarDistribution(RealPredictive):
         in the tails.
         """
         self._need_marginal("crps")
+        value = self._targets("crps", value)
         y = value.expand(self.batch_shape).double().to(self.borders.device)
         first, left, last, right = self._tails
         p = self._p

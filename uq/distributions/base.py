@@ -102,6 +102,16 @@ class Predictive(TorchDistribution):
         """What must be equal for the rows of two distributions to be put in one."""
         return (type(self), tuple(self.batch_shape[1:]), tuple(self.event_shape), self.n_draws)
 
+    def _check_shape(self, where: str, value: Tensor) -> None:
+        shape = self.batch_shape + self.event_shape
+        try:
+            torch.broadcast_shapes(value.shape, shape)
+        except RuntimeError as error:
+            raise DataError(
+                f"{where}: value has shape {tuple(value.shape)}, expected {tuple(shape)}: one "
+                "outcome a row."
+            ) from error
+
     def cpu(self) -> Self:
         """Return the same distribution with its tensors on the CPU."""
         return self._map(lambda t: t.cpu())
@@ -260,6 +270,7 @@ class ClassPredictive(Predictive):
                 f"{where}: value must hold class positions 0 to {self.n_classes - 1}, not labels "
                 "or probabilities."
             )
+        self._check_shape(where, value)
 
 
 class RealPredictive(Predictive):
@@ -359,6 +370,19 @@ class RealPredictive(Predictive):
             index=self.index,
         )
 
+    def _targets(self, method: str, value: Any) -> Tensor:
+        """Outcomes, which may come as an array or a Series, as a tensor that fits the rows."""
+        where = f"{type(self).__name__}.{method}"
+        if not isinstance(value, Tensor):
+            try:
+                value = torch.tensor(np.asarray(value, dtype=np.float64))
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"{where}: value must hold numbers, got a {type(value).__name__}: {error}."
+                ) from error
+        self._check_shape(where, value)
+        return value
+
     def _need_marginal(self, what: str) -> None:
         if self.event_shape:
             raise NotImplementedError(
@@ -371,7 +395,7 @@ def check_levels(q: Any) -> Tensor:
     """Quantile levels as float64, strictly between 0 and 1."""
     levels = torch.as_tensor(q, dtype=torch.float64)
     if not bool(((levels > 0) & (levels < 1)).all()):
-        raise ParameterError("quantile: levels must lie strictly between 0 and 1.")
+        raise ParameterError(f"quantile: levels must lie strictly between 0 and 1, got {q!r}.")
     return levels
 
 

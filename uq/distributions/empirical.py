@@ -183,6 +183,7 @@ class Empirical(RealPredictive):
     def cdf(self, value: Tensor) -> Tensor:
         """Share of the draws that are <= ``value``: a step function, continuous from the right."""
         self._need_marginal("cdf")
+        value = self._targets("cdf", value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
         in_order = self._sorted.to(torch.result_type(self._sorted, value))
         columns = value.to(in_order.dtype).expand(shape).reshape(-1, len(in_order))
@@ -246,6 +247,7 @@ class Empirical(RealPredictive):
             Scores of shape (n,) or (n, m), lower is better.
         """
         self._need_marginal("crps")
+        value = self._targets("crps", value)
         score = sample_crps(self.values, value.expand(self.batch_shape), fair=fair)
         return score.to(self.values.dtype)
 

@@ -304,6 +304,7 @@ class Parametric(RealPredictive):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, −inf outside the support; summed over the outputs of an event."""
+        value = self._targets("log_prob", value)
         low, high = families.support_bounds(self.base)
         inside = (value >= low) & (value <= high) & self._base_support.check(value)
         inside = inside | value.isnan()
@@ -318,6 +319,7 @@ class Parametric(RealPredictive):
     def cdf(self, value: Tensor) -> Tensor:
         """Cumulative distribution of each output."""
         self._need_marginal("cdf")
+        value = self._targets("cdf", value)
         return self._same_dtype(families.cdf(self._exact, value.double()))
 
     def quantile(self, q: Tensor | float | Any) -> Tensor:
@@ -375,6 +377,7 @@ class Parametric(RealPredictive):
     def crps(self, value: Tensor) -> Tensor:
         """Continuous ranked probability score of each output at ``value``, in target units."""
         self._need_marginal("crps")
+        value = self._targets("crps", value)
         y = value.detach().expand(self.batch_shape).double()
         family = families.family_of(self._exact)
         if family is not None and family.crps is not None:

@@ -176,10 +176,12 @@ class Recalibrated(RealPredictive):
     def cdf(self, value: Tensor) -> Tensor:
         """Cumulative distribution of each output, float64."""
         self._need_marginal("cdf")
+        value = self._targets("cdf", value)
         return self._recalibrate(self._exact.cdf(value))[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, float64; per output for batch shape (n, m), joint for event (m,)."""
+        value = self._targets("log_prob", value)
         level, slope = self._recalibrate(self._exact.cdf(value))
         log_g = self._exact.log_prob(value) + slope.log()
         if not self.event_shape:
@@ -299,6 +301,7 @@ class Recalibrated(RealPredictive):
         ∫ (G(t) − 1{t >= y})² dt, by quadrature.
         """
         self._need_marginal("crps")
+        value = self._targets("crps", value)
         edges = self._grid[1]
         y = value.expand(self.batch_shape).to(torch.float64)
         total = (edges[0] - y).relu() + (y - edges[-1]).relu()

@@ -262,6 +262,7 @@ class NormalMixture(RealPredictive):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats; per output for batch shape (n, m), joint for event shape (m,)."""
+        value = self._targets("log_prob", value)
         z = self._standardize(value)
         log_p = -0.5 * z.square() - self._total_scale.log() - _LOG_SQRT_2PI
         if self._event_dim:
@@ -272,6 +273,7 @@ class NormalMixture(RealPredictive):
     def cdf(self, value: Tensor) -> Tensor:
         """Cumulative distribution of each output."""
         self._need_marginal("cdf")
+        value = self._targets("cdf", value)
         z = self._standardize(value)
         return _normal_cdf(z).mean(z.ndim - self.loc.ndim)
 
@@ -332,6 +334,7 @@ class NormalMixture(RealPredictive):
         (Grimit et al., Q. J. R. Meteorol. Soc. 132, 2006, eq. 4).
         """
         self._need_marginal("crps")
+        value = self._targets("crps", value)
         loc, scale = self._flat()
         y = value.expand(self.batch_shape).reshape(-1).to(torch.float64)
         return _mixture_crps(loc, scale, y).reshape(self.batch_shape).to(self.loc.dtype)
