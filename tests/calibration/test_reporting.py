@@ -319,10 +319,23 @@ def test_what_to_pick_is_calibrated_before_quick_and_quick_before_best():
     assert "of two such methods it fits quickest (2 s, the others up to 9 s)" in r.recommendation
     first = r.ranking[0].method
     assert compare(same, Y_REAL).recommendation == (
-        f"Pick {first}: it has the best log score, nothing is against its calibration."
+        f"Pick {first}: it has the best log score, and nothing is against its calibration."
     )
     for text in (str(r), r.to_html(), r.to_markdown()):
         assert "intervals too wide" in text
+
+
+def test_of_equal_scores_the_one_that_tells_ood_rows_is_picked():
+    same = {"blind": classifier(), "aware": classifier(1.01)}
+    ood = {"blind": classifier(1.0, n=50), "aware": classifier(0.05, n=50)}
+    seconds = {"blind": 1.0, "aware": 5.0}
+    r = compare(same, Y_CLASS, ood=ood, fit_seconds=seconds)
+    assert all(x.tied for x in r.ranking)
+    assert r.recommendation.startswith("Pick aware: ")
+    auroc = r.methods["aware"].estimates["auroc"].value
+    assert f"it tells OOD rows better than others of these (AUROC {auroc:.3f})" in r.recommendation
+    without = compare(same, Y_CLASS, fit_seconds=seconds).recommendation
+    assert without.startswith("Pick blind: ")
 
 
 def test_a_pick_with_a_fault_says_how_to_mend_it_and_a_useless_one_is_none():

@@ -9,6 +9,8 @@ import numpy as np
 
 from uq.calibration.bootstrap import Difference, Estimate
 
+_AUROC = "auroc"  # of OOD rows
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -96,12 +98,14 @@ def summary(estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
 def recommendation(
     lines: Sequence[Standing],
     estimates: Mapping[str, Mapping[str, Estimate]],
+    differences: Sequence[Difference],
     baseline: Mapping[str, float],
 ) -> str:
     """Which method to pick and why; "" for one method.
 
-    Of the methods whose score cannot be told from the best, those with nothing against their
-    calibration go first; of these the quickest to fit, or the best where times are unknown.
+    Of the methods whose score cannot be told from the best: first those that tell OOD rows no worse
+    than the best of them, where there are such rows; then those with nothing against their
+    calibration; then the quickest to fit, or the best where times are unknown.
     """
     if not lines:
         return ""
@@ -112,26 +116,56 @@ def recommendation(
             f"({baseline[metric]:.4g}{unit})."
         )
     tied = [line for line in lines if line.tied]
-    pool = [line for line in tied if not line.fault] or tied
+    aware = _aware(tied, estimates, differences)
+    pool = [line for line in aware if not line.fault] or aware
     timed = all(line.seconds is not None for line in pool)
     pick = min(pool, key=lambda line: line.seconds or 0.0) if timed else pool[0]
     if pick is lines[0]:
-        why = f"it has the best {label}"
+        why = [f"it has the best {label}"]
     else:
-        why = f"its {label} cannot be told from the best ({lines[0].method})"
+        why = [f"its {label} cannot be told from the best ({lines[0].method})"]
+    if len(aware) < len(tied):
+        auroc = estimates[pick.method][_AUROC].value
+        why.append(f"it tells OOD rows better than others of these (AUROC {auroc:.3f})")
     if not pick.fault:
-        why += ", nothing is against its calibration"
+        why.append("nothing is against its calibration")
     if timed and len(pool) > 1:
         slower = max(line.seconds or 0.0 for line in pool if line is not pick)
-        why += (
-            f", and of {_count(len(pool))} such methods it fits quickest "
-            f"({pick.seconds:.3g} s, the others up to {slower:.3g} s)"
+        why.append(
+            f"of {_count(len(pool))} such methods it fits quickest ({pick.seconds:.3g} s, the "
+            f"others up to {slower:.3g} s)"
         )
-    said = f"Pick {pick.method}: {why}."
+    said = f"Pick {pick.method}: {_joined(why)}."
     if pick.fault:
         by = "VarianceScaling" if pick.fault.startswith("intervals") else "TemperatureScaling"
         said += f" Mend its calibration ({pick.fault}), as by uq.calibration.{by}."
     return said
+
+
+def _aware(
+    lines: Sequence[Standing],
+    estimates: Mapping[str, Mapping[str, Estimate]],
+    differences: Sequence[Difference],
+) -> list[Standing]:
+    """Those that tell OOD rows no worse than the best of them."""
+    scores = {
+        x.method: estimates[x.method][_AUROC].value for x in lines if _AUROC in estimates[x.method]
+    }
+    if not scores:
+        return list(lines)
+    best = max(scores, key=lambda name: scores[name])
+    worse = {
+        loser
+        for d in differences
+        for loser in (d.first, d.second)
+        if d.metric == _AUROC and d.winner == best and loser != best
+    }
+    return [line for line in lines if line.method not in worse]
+
+
+def _joined(reasons: Sequence[str]) -> str:
+    *others, last = reasons
+    return f"{', '.join(others)}, and {last}" if others else last
 
 
 def _count(n: int) -> str:

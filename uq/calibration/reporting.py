@@ -628,7 +628,7 @@ def _make(
         notes=dict(notes or {}),
         versions=_versions(),
         ranking=order,
-        recommendation=recommendation(order, by_method, baseline),
+        recommendation=recommendation(order, by_method, compared, baseline),
     )
 
 
