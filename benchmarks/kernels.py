@@ -165,7 +165,7 @@ def benchmark_noise() -> list[dict[str, Any]]:
             measured = paired(ours(samples), peer)
             name = f"{N:,} normals, compiled, samples in {samples}s / torch.randn"
             target = "<= 1.0" if samples == 4 else "(three words of four unused)"
-            met = measured["ratio"] <= 1 if samples == 4 else True
+            met = measured["ratio"] <= 1 if samples == 4 else None
             found.append(row(name, "s", target, met, measured))
     return found
 
