@@ -283,7 +283,12 @@ def digits_collapse(seed: int) -> dict[str, float]:
         ("no entropy", {"entropy_weight": 0.0}),
     ):
         model = ImplicitVIClassifier(
-            module=network, max_epochs=DIGITS_EPOCHS, random_state=seed, device="cpu", **changes
+            module=network,
+            max_epochs=DIGITS_EPOCHS,
+            patience=None,
+            random_state=seed,
+            device="cpu",
+            **changes,
         ).fit(X[train], y[train])
         inside, outside = (model.predict_distribution(part) for part in (X[test], shuffled))
         labels = np.repeat([0, 1], [len(test), len(test)])
@@ -379,6 +384,7 @@ TOY: dict[str, Any] = {
     "device": "cpu",
 }
 IMPLICIT: dict[str, Any] = {
+    "patience": None,
     "lr": 3e-3,
     "mc_samples": 4,
     "noise_dim": 100,

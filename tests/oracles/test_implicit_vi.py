@@ -665,7 +665,14 @@ def sine(n=40):
     return x, torch.sin(torch.as_tensor(2 * x[:, 0])).numpy()
 
 
-QUICK = {"hidden": (6,), "max_epochs": 4, "random_state": 0, "device": "cpu", "width": 6}
+QUICK = {
+    "hidden": (6,),
+    "max_epochs": 4,
+    "patience": None,
+    "random_state": 0,
+    "device": "cpu",
+    "width": 6,
+}
 
 
 def test_estimator_arguments_that_cannot_be_used():
