@@ -98,7 +98,7 @@ class _PFN(Estimator):
     prior: str | Path = ""
     n_views: int = 4
     localize: int | Literal["auto"] | None = None
-    max_context: int | None = None
+    max_context: int | None = 10_000
     fine_tune: bool = False
     batch_size: int | None = None
     lr: float = 1e-4
@@ -420,10 +420,10 @@ prior : str or Path, default="tabular-{task}"
         Answer each query from its so many nearest context rows. It helps where the prior fits badly
         and rows are many, and costs where it fits; "auto" decides by the log score of a fifth of
         the rows.
-    max_context : int, optional
-        Each view takes a random subset of so many rows of a longer context. By default all rows are
-        used: networks extrapolate to contexts longer than they were trained on, at a cost that
-        grows with the square of the rows.
+    max_context : int or None, default=10_000
+        Each view takes a random subset of so many rows of a longer context: networks extrapolate to
+        contexts longer than they were trained on, but the cost grows with the square of the rows.
+        None takes all.
     fine_tune : bool, default=False
         Train the network on the rows: random fifths given the rest, by ``max_epochs`` (50), ``lr``,
         ``batch_size`` (None: all rows, up to 1,280 a step), ``patience`` and ``callbacks``, which
