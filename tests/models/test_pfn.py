@@ -453,3 +453,9 @@ def test_a_file_does_not_have_a_fit_open_another(kind, files, tmp_path, diabetes
     # The networks of the package are known by their names.
     PFNRegressor().fit(X, y).save(tmp_path / "s.uq")
     assert uq.load(tmp_path / "s.uq").fit(X, y).prior == "tabular-regression"
+
+
+def test_more_columns_than_there_can_be():
+    X = np.zeros((4, 5000), dtype=np.float32)
+    with pytest.raises(DataError, match=r"X has 5,000 columns, .* at most 4,096"):
+        PFNRegressor().fit(X, np.arange(4.0))

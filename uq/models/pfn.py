@@ -31,7 +31,7 @@ from uq.models.objectives import Objective, TrainingData
 from uq.models.tasks import Classifier, Regressor
 from uq.nn.network import probe_outputs
 from uq.nn.pfn import PFN, SHIPPED, load_pfn
-from uq.nn.pfn_tables import PFNConfig, PFNScaling
+from uq.nn.pfn_tables import LIMITS, PFNConfig, PFNScaling
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -184,6 +184,13 @@ class _PFN(Estimator):
 
     def _check_inputs(self, X: np.ndarray, where: str) -> None:
         super()._check_inputs(X, where)
+        # A module below may take any rows to fewer features.
+        most = LIMITS["max_features"]
+        if self.module is None and X.shape[1] > most:
+            raise DataError(
+                f"{where}: X has {X.shape[1]:,} columns, a prior-data fitted network takes at most "
+                f"{most:,}, in views of some at a time; choose or project columns first."
+            )
         if self._config.scaled:
             return
         low, high = np.nanmin(X, initial=0.0), np.nanmax(X, initial=1.0)

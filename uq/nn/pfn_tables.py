@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from uq.errors import ParameterError
 
 # Bounds on what a file may ask for: far above any sensible network, far below exhausted memory.
-_LIMITS = {
+LIMITS = {
     "max_features": 4096,
     "n_outputs": 65536,
     "d_model": 8192,
@@ -71,7 +71,7 @@ class PFNConfig:
             raise ParameterError(
                 f"PFNConfig: task must be 'regression' or 'classification', got {self.task!r}."
             )
-        for name, limit in _LIMITS.items():
+        for name, limit in LIMITS.items():
             value, least = getattr(self, name), 0 if name == "context_tokens" else 1
             if type(value) is not int or not least <= value <= limit:
                 raise ParameterError(
