@@ -137,7 +137,7 @@ def change_json(root, rng):
         elif kind == 5 and isinstance(at, dict):
             at[rng.choice(NAMES)] = at.pop(key)
         elif kind == 6 and isinstance(at[key], int | float) and not isinstance(at[key], bool):
-            at[key] = rng.choice([-at[key], at[key] + 1, at[key] * 10**9, float(at[key]) / 3])
+            at[key] = rng.choice([-at[key], at[key] + 1, at[key] * 10**9, at[key] % 1000 / 3])
         else:
             at[key] = [at[key]]
 
