@@ -7,6 +7,7 @@ learns from rows: whoever standardises takes training rows.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,19 @@ def image_split(name: str, seed: int) -> Split:
     )
 
 
+def _pictures(
+    scaled: Callable[[np.ndarray], np.ndarray],
+    X: np.ndarray,
+    y: np.ndarray,
+    X_test: np.ndarray,
+    y_test: np.ndarray,
+    strange: dict[str, np.ndarray],
+    turned: dict[str, np.ndarray],
+) -> Split:
+    strange, turned = ({k: scaled(v) for k, v in part.items()} for part in (strange, turned))
+    return Split(scaled(X), y, scaled(X_test), y_test, strange, turned)
+
+
 def _fashion(seed: int, n_train: int | None) -> Split:
     def scaled(pixels: np.ndarray) -> np.ndarray:
         return (pixels.astype(np.float32) / 255 - 0.286) / 0.353
@@ -93,14 +107,7 @@ def _fashion(seed: int, n_train: int | None) -> Split:
     few = X_test[:N_STRANGE]
     turned = {f"{a}°": rotate(few, a, axes=(2, 1), reshape=False, order=1) for a in ANGLES}
     rows = np.random.default_rng(seed).permutation(len(X))[:n_train]
-    return Split(
-        scaled(X[rows]),
-        y[rows],
-        scaled(X_test),
-        y_test,
-        {k: scaled(v) for k, v in strange.items()},
-        {k: scaled(v) for k, v in turned.items()},
-    )
+    return _pictures(scaled, X[rows], y[rows], X_test, y_test, strange, turned)
 
 
 def _cifar(seed: int) -> Split:
@@ -118,11 +125,4 @@ def _cifar(seed: int) -> Split:
     strange["noise"] = np.random.default_rng(0).uniform(0, 255, (N_STRANGE, 3, 32, 32))
     turned = {f"{a}°": rotate(X_test, a, axes=(3, 2), reshape=False, order=1) for a in ANGLES}
     rows = np.random.default_rng(seed).permutation(len(X))
-    return Split(
-        scaled(X[rows]),
-        y[rows],
-        scaled(X_test),
-        y_test,
-        {k: scaled(v) for k, v in strange.items()},
-        {k: scaled(v) for k, v in turned.items()},
-    )
+    return _pictures(scaled, X[rows], y[rows], X_test, y_test, strange, turned)

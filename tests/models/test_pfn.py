@@ -459,3 +459,12 @@ def test_more_columns_than_there_can_be():
     X = np.zeros((4, 5000), dtype=np.float32)
     with pytest.raises(DataError, match=r"X has 5,000 columns, .* at most 4,096"):
         PFNRegressor().fit(X, np.arange(4.0))
+
+
+def test_rows_beyond_the_default_context_are_left_out_with_a_warning(monkeypatch):
+    monkeypatch.setattr("uq.models.pfn._MAX_CONTEXT", 50)
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(80, 2)), rng.normal(size=80)
+    with pytest.warns(UserWarning, match="random 50 of the 80 rows"):
+        PFNRegressor(max_context=50, n_views=1).fit(X, y)
+    PFNRegressor(max_context=40, n_views=1).fit(X, y)  # warnings are errors here

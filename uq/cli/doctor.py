@@ -115,5 +115,7 @@ def _trial() -> Finding:
         model = MAPClassifier(max_epochs=2, patience=None, random_state=0)
         model.fit(np.eye(8), np.arange(8) % 2).predict_proba(np.eye(8))
     except Exception as error:
-        return Finding("trial", "fit", "wrong", f"{type(error).__name__}: {error}", "see --debug")
+        return Finding(
+            "trial", "fit", "wrong", f"{type(error).__name__}: {error}", "install uq anew"
+        )
     return Finding("trial", "fit", "ok", f"{time.perf_counter() - start:.2f} s")

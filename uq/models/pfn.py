@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, field
 from pathlib import Path
@@ -41,6 +42,7 @@ _QUERY_SHARE = 0.2
 # Rows of one step of fine-tuning: as long as the contexts that networks learn from.
 _STEP_ROWS = 1280
 _EPOCHS = 50
+_MAX_CONTEXT = 10_000
 # A constant target has no scale; its predictions spread over this share of its size.
 _CONSTANT_SCALE = 1e-9
 
@@ -98,7 +100,7 @@ class _PFN(Estimator):
     prior: str | Path = ""
     n_views: int = 4
     localize: int | Literal["auto"] | None = None
-    max_context: int | None = 10_000
+    max_context: int | None = _MAX_CONTEXT
     fine_tune: bool = False
     batch_size: int | None = None
     lr: float = 1e-4
@@ -337,6 +339,13 @@ class _PFN(Estimator):
             network, result = self._tune(network, kept, held, data)
         rows = tuple(torch.cat(ts) for ts in zip(kept, held, strict=True)) if held else kept
         self.n_context_, self.n_inputs_ = rows[0].shape
+        if self.max_context == _MAX_CONTEXT < self.n_context_:  # nobody chose it
+            warnings.warn(
+                f"{type(self).__name__}: each view takes a random {_MAX_CONTEXT:,} of the "
+                f"{self.n_context_:,} rows, as the cost grows with their square; max_context says "
+                "how many, None takes all.",
+                stacklevel=4,
+            )
         if self.localize is not None and not isinstance(self.localize, str):
             self.n_near_ = int(self.localize)
         posterior = self._make(network, body, rows, data.seeds.predict)
@@ -430,7 +439,7 @@ prior : str or Path, default="tabular-{task}"
     max_context : int or None, default=10_000
         Each view takes a random subset of so many rows of a longer context: networks extrapolate to
         contexts longer than they were trained on, but the cost grows with the square of the rows.
-        None takes all.
+        None takes all. A fit that is cut by the default warns.
     fine_tune : bool, default=False
         Train the network on the rows: random fifths given the rest, by ``max_epochs`` (50), ``lr``,
         ``batch_size`` (None: all rows, up to 1,280 a step), ``patience`` and ``callbacks``, which
