@@ -40,7 +40,7 @@ _COST = {
     "pbnn": 2.0,
     "implicit": 9.0,
     "masked": 60.0,
-    "nuts": 150.0,
+    "nuts": 250.0,  # 88 on wine; on diabetes it was stopped beyond 200
 }
 # A step of these takes all rows.
 _MOST_ROWS = {"masked": 5000, "nuts": 5000}
