@@ -147,10 +147,10 @@ def benchmark_digits() -> list[Row]:
         models |= {
             "etp": ETPClassifier(**shared),
             "etp, memory forgotten": ETPClassifier(memory_decay=0.0, **shared),
-            "etp, kl_weight 0.1": ETPClassifier(kl_weight=0.1, **shared),
-            "etp, weight_kl 1": ETPClassifier(weight_kl=1.0, **shared),
-            "edl_ce, kl_weight 0.001": EvidentialClassifier(
-                loss="edl_ce", kl_weight=1e-3, evidence="exp", **shared
+            "etp, dirichlet_kl_weight 0.1": ETPClassifier(dirichlet_kl_weight=0.1, **shared),
+            "etp, layer_kl_weight 1": ETPClassifier(layer_kl_weight=1.0, **shared),
+            "edl_ce, dirichlet_kl_weight 0.001": EvidentialClassifier(
+                loss="edl_ce", dirichlet_kl_weight=1e-3, evidence="exp", **shared
             ),
         }
         half = len(X_test) // 2

@@ -87,7 +87,9 @@ def point(name: str, seed: int) -> MAPClassifier:
 
 def abnn(name: str, seed: int) -> ABNNClassifier:
     """Its network is trained as long as the others; then its own few epochs."""
-    return ABNNClassifier(module=conv, base_epochs=EPOCHS[name], device="cpu", random_state=seed)
+    return ABNNClassifier(
+        module=conv, base_max_epochs=EPOCHS[name], device="cpu", random_state=seed
+    )
 
 
 METHODS = {

@@ -388,7 +388,7 @@ IMPLICIT: dict[str, Any] = {
     "lr": 3e-3,
     "mc_samples": 4,
     "noise_dim": 100,
-    "width": 24,
+    "generator_width": 24,
     "n_samples": 256,
     "prior_scale": TOY_PRIOR,
     **TOY,

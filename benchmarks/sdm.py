@@ -140,7 +140,7 @@ def one_digits_fit(setting: str, seed: int) -> list[Row]:
     model = SDMClassifier(
         **SETTINGS[setting],
         alpha=ALPHA,
-        n_exemplar=32,
+        exemplar_dim=32,
         n_rounds=2,
         max_epochs=60,
         batch_size=50,

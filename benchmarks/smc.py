@@ -270,7 +270,7 @@ MOON_METHODS: dict[str, tuple[Any, Row]] = {
     "MAP": (MAPClassifier, {}),
 }
 # SGSMC restarts at every batch: fewer particles and epochs, and OHSMC at the same.
-SMALL = {"n_particles": 200, "max_epochs": 20, "move_steps": 3}
+SMALL = {"n_particles": 200, "max_epochs": 20, "n_move_steps": 3}
 SMALL_METHODS: dict[str, tuple[Any, Row]] = {
     "OHSMC ou": (PartialBNNClassifier, SMALL | {"move": "ou"}),
     "OHSMC ou, refreshed": (PartialBNNClassifier, SMALL | {"move": "ou", "refresh": True}),

@@ -38,7 +38,7 @@ SETS = [
     ConformalSets("aps", random_state=0),
     ConformalSets("aps", randomized=True, random_state=0),
     ConformalSets("raps", random_state=0),
-    ConformalSets("raps", randomized=True, k_reg=2, penalty=0.02, random_state=0),
+    ConformalSets("raps", randomized=True, k_reg=2, penalty_weight=0.02, random_state=0),
 ]
 
 
@@ -240,7 +240,7 @@ def scores_by_hand(p, conformal, u):
         more = sum(q for q in p if q > p[k])
         same = sum(q for q in p if q == p[k])
         beyond = sum(q >= p[k] for q in p) - conformal.k_reg
-        penalty = conformal.penalty * max(0, beyond) if conformal.score == "raps" else 0
+        penalty = conformal.penalty_weight * max(0, beyond) if conformal.score == "raps" else 0
         out.append(more + u * same + penalty)
     return np.array(out)
 
@@ -805,7 +805,13 @@ def test_bad_parameters(kind, changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"k_reg": -1}, {"k_reg": 1.5}, {"penalty": -1}, {"penalty": np.inf}, {"penalty": None}],
+    [
+        {"k_reg": -1},
+        {"k_reg": 1.5},
+        {"penalty_weight": -1},
+        {"penalty_weight": np.inf},
+        {"penalty_weight": None},
+    ],
 )
 def test_bad_penalties(changes):
     with pytest.raises(ParameterError, match=next(iter(changes))):

@@ -18,7 +18,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "sdm": {},
     "evidential": {},
     "etp": {"memory_size": 4},
-    "abnn": {"base_epochs": 30, "base_lr": 0.02, "n_members": 1, "n_samples": 4},
+    "abnn": {"base_max_epochs": 30, "base_lr": 0.02, "n_members": 1, "n_samples": 4},
     # One chain: callbacks then see one Adam run, as with the other methods.
     "nuts": {"n_chains": 1, "n_warmup": 4, "n_draws": 8, "max_tree_depth": 3},
     "pbnn": {"n_particles": 100, "move_var": 1e-3},
@@ -34,7 +34,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "gp": {"hidden": (), "n_inducing": 16},
     "pfn": {"n_views": 2, "lr": 1e-4},
     "ensemble": {"n_members": 2},
-    "implicit": {"n_samples": 8, "noise_dim": 4, "width": 4, "mc_samples": 1},
+    "implicit": {"n_samples": 8, "noise_dim": 4, "generator_width": 4, "mc_samples": 1},
     "map": {},
 }
 # Methods whose network gives features, of any width, instead of what the likelihood takes.

@@ -129,7 +129,7 @@ def test_members_and_originals_are_counted():
 def test_random_priors_and_regression_bins(loss_norm, random_prior):
     X, y = load_diabetes(return_X_y=True)
     model = ABNNRegressor(
-        base_epochs=5, random_prior=random_prior, loss_norm=loss_norm, random_state=0
+        base_max_epochs=5, random_prior=random_prior, loss_norm=loss_norm, random_state=0
     ).fit(X, np.stack([y, -y], 1))
     assert (np.sort(model.class_weights_, 1)[:, 3 if random_prior == 0 else 0] == 1).all()
     assert ((model.class_weights_ == random_prior).sum(1) == 3).all()
@@ -179,8 +179,8 @@ def test_layers_that_cannot_be_used():
         to_abnn(nn.LayerNorm(3), alpha=-1.0)
     with pytest.raises(uq.UQError, match="noise_shape"):
         to_abnn(nn.LayerNorm(3), noise_shape="row")
-    with pytest.raises(uq.UQError, match="scope"):
-        to_abnn(nn.LayerNorm(3), scope="some")
+    with pytest.raises(uq.UQError, match="train_scope"):
+        to_abnn(nn.LayerNorm(3), train_scope="some")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_layers_that_cannot_be_used():
         ("weight_decay", -1),
         ("loss_norm", "sum"),
         ("batch_statistics", "on"),
-        ("base_epochs", 0),
+        ("base_max_epochs", 0),
         ("base_lr", 0),
         ("include_original", "yes"),
     ],
@@ -292,6 +292,6 @@ def test_default_network_stays_accurate():
     X, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(X))
     train, test = order[:1000], order[1000:]
-    model = ABNNClassifier(random_state=0, base_epochs=60).fit(X[train], y[train])
+    model = ABNNClassifier(random_state=0, base_max_epochs=60).fit(X[train], y[train])
     assert (model.predict_distribution(X[test]).epistemic > 0).all()
     assert model.score(X[test], y[test]) > 0.95

@@ -137,9 +137,9 @@ def test_labels_outside_training_and_half_precision():
         ("memory_decay", 1.0),
         ("memory_decay", -0.1),
         ("memory_noise", -1.0),
-        ("kl_weight", np.inf),
-        ("kl_weight", "small"),
-        ("weight_kl", -1.0),
+        ("dirichlet_kl_weight", np.inf),
+        ("dirichlet_kl_weight", "small"),
+        ("layer_kl_weight", -1.0),
     ],
 )
 def test_arguments_are_named(name, value):

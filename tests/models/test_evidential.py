@@ -55,12 +55,12 @@ def test_divergence_comes_in_by_epochs():
     losses = {}
     for anneal in (0, 10):
         model = EvidentialClassifier(
-            loss="edl", kl_anneal_epochs=anneal, **QUICK | {"lr": 1e-12, "max_epochs": 13},
+            loss="edl", kl_warmup_epochs=anneal, **QUICK | {"lr": 1e-12, "max_epochs": 13},
             patience=None,
         ).fit(X, y)  # fmt: skip
         losses[anneal] = np.array(model.history_["train_loss"])
     plain = EvidentialClassifier(
-        loss="edl", kl_weight=0.0, **QUICK | {"lr": 1e-12, "max_epochs": 2}, patience=None
+        loss="edl", dirichlet_kl_weight=0.0, **QUICK | {"lr": 1e-12, "max_epochs": 2}, patience=None
     ).fit(X, y)
     base = plain.history_["train_loss"][0]
     share = (losses[10] - base) / (losses[0] - base)
@@ -234,9 +234,9 @@ def test_cubic_toy_shows_the_known_failure(seed):
     ("name", "value"),
     [
         ("loss", "mse"),
-        ("kl_weight", -1.0),
-        ("kl_weight", float("inf")),
-        ("kl_anneal_epochs", 2.5),
+        ("dirichlet_kl_weight", -1.0),
+        ("dirichlet_kl_weight", float("inf")),
+        ("kl_warmup_epochs", 2.5),
         ("logdet_weight", -0.1),
         ("logdet_weight", float("inf")),
         ("prior", 0.0),

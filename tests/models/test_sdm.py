@@ -23,7 +23,7 @@ from uq.errors import DataError, LoadError, ParameterError
 from uq.models.sdm_bases import embeddings
 from uq.nn.sdm import FeatureNetwork
 
-QUICK = {"max_epochs": 20, "random_state": 0, "n_exemplar": 16, "lr": 0.01}
+QUICK = {"max_epochs": 20, "random_state": 0, "exemplar_dim": 16, "lr": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +334,7 @@ def test_bad_bases(tumours):
         ("alpha", 0.5),
         ("alpha", 1.2),
         ("alpha", "high"),
-        ("n_exemplar", 0),
+        ("exemplar_dim", 0),
         ("n_rounds", 0),
         ("n_rounds", 1.5),
         ("layer", 3),
@@ -425,7 +425,7 @@ def test_digits_and_what_is_none_of_them(seed):
     y = np.array([PAIRS[d] for d in digit[known]])
     X_fit, X_test, y_fit, y_test = train_test_split(X[known], y, test_size=240, random_state=seed)
     model = uq.SDMClassifier(
-        nn.Identity(), alpha=alpha, n_exemplar=32, lr=1e-3, max_epochs=60, random_state=seed
+        nn.Identity(), alpha=alpha, exemplar_dim=32, lr=1e-3, max_epochs=60, random_state=seed
     ).fit(X_fit, y_fit)
     table = model.region_accuracy(X_test, y_test)
     assert 0.1 < table.loc[("all", ""), "share"] < 1

@@ -429,7 +429,7 @@ def test_members_share_the_backbone():
         optimizer.step()
     assert all(torch.equal(before[k], t) for k, t in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
-    whole = to_abnn(net, scope="all")
+    whole = to_abnn(net, train_scope="all")
     shared = {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in whole.parameters()}
     assert not shared
     X, y = images()

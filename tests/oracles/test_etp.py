@@ -151,7 +151,7 @@ def test_divergence_of_dirichlets():
 def test_loss_is_the_bound_under_draws_of_the_probabilities():
     """−E log π_y and τ E [log q(π) − log p(π)] with π drawn from q, Z the one that was read."""
     tau = 0.3
-    head = head_of(memory_noise=0.2, kl_weight=tau)
+    head = head_of(memory_noise=0.2, dirichlet_kl_weight=tau)
     v, y = rows_of()
     torch.manual_seed(7)
     rows = head.loss(v, y)
@@ -179,7 +179,7 @@ def test_loss_is_the_bound_under_draws_of_the_probabilities():
 @pytest.mark.parametrize("tau", [1e-3, 0.1, 1e6])
 def test_optimum_is_the_prior_plus_frequencies_over_the_weight(tau):
     """With cells alike β is their exp, whatever the attention; as τ grows, α goes to β."""
-    head = ETPHead(3, 5, kl_weight=tau).double().eval()  # starts with f = v
+    head = ETPHead(3, 5, dirichlet_kl_weight=tau).double().eval()  # starts with f = v
     cell = torch.tensor([0.4, -0.6, 0.1], dtype=F64)
     head.memory.copy_(cell.expand(5, 3))
     share, y = torch.tensor([0.7, 0.2, 0.1], dtype=F64), torch.arange(3)
@@ -200,7 +200,7 @@ def test_optimum_is_the_prior_plus_frequencies_over_the_weight(tau):
 
 
 def test_gradients_flow_through_prior_and_posterior():
-    head, (v, y) = head_of(memory_noise=0.0, kl_weight=0.5), rows_of(3)
+    head, (v, y) = head_of(memory_noise=0.0, dirichlet_kl_weight=0.5), rows_of(3)
     memory = head.memory.clone()
 
     def loss(v, key, fusion, bias):
@@ -334,7 +334,7 @@ def test_a_step_is_the_mean_of_the_rows_and_the_weights_divergence_then_writes()
     """Without noise a step can be done by hand, given how many rows it writes."""
     torch.manual_seed(0)
     net = nn.Linear(4, 3).double()
-    head = head_of(memory_noise=0.0, kl_weight=0.1)
+    head = head_of(memory_noise=0.0, dirichlet_kl_weight=0.1)
     x, y = torch.randn(3, 4, dtype=F64), torch.tensor([2, 0, 0])
     weight = torch.tensor([0.5, 2.0, 1.5], dtype=F64)  # no sum of 3: a batch of heavy rows
     plain = ETPObjective(net, head, 30.0, 0.7).train()
@@ -378,7 +378,7 @@ def test_bad_input():
         ("memory_size", 0),
         ("memory_decay", 1.0),
         ("memory_noise", -0.1),
-        ("kl_weight", math.nan),
+        ("dirichlet_kl_weight", math.nan),
     ):
         with pytest.raises(ParameterError, match=name):
             ETPHead(3, **{name: value})

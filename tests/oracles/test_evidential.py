@@ -49,7 +49,7 @@ def path(request, monkeypatch):
     return request.param
 
 
-def reference(evidence, y, loss, prior, kl_weight, logdet_weight):
+def reference(evidence, y, loss, prior, dirichlet_kl_weight, logdet_weight):
     """The definitions, by PyTorch's distributions, dense matrices and autograd."""
     alpha = evidence + prior
     k = alpha.shape[1]
@@ -72,7 +72,9 @@ def reference(evidence, y, loss, prior, kl_weight, logdet_weight):
     if loss == "iedl":
         rows = rows - logdet_weight * torch.linalg.slogdet(fisher).logabsdet
     without = td.Dirichlet(alpha * (1 - one_hot) + prior * one_hot)
-    return rows + kl_weight * td.kl_divergence(without, td.Dirichlet(torch.full_like(alpha, prior)))
+    return rows + dirichlet_kl_weight * td.kl_divergence(
+        without, td.Dirichlet(torch.full_like(alpha, prior))
+    )
 
 
 def random_rows(seed, n=6, k=5, high=3.0):
@@ -91,7 +93,7 @@ def test_losses_have_their_known_values(row, path):
         evidence, label = torch.tensor([alpha], dtype=dtype) - 1, torch.tensor([y])
 
         def value(loss, evidence=evidence, label=label, **weights):
-            weights = {"kl_weight": 0.0, "logdet_weight": 0.0} | weights
+            weights = {"dirichlet_kl_weight": 0.0, "logdet_weight": 0.0} | weights
             return evidential_loss(evidence, label, loss, **weights).item()
 
         close = {"abs": tolerance}
@@ -99,7 +101,7 @@ def test_losses_have_their_known_values(row, path):
         assert value("edl_ce") == pytest.approx(uce, **close)
         assert value("edl_nll") == pytest.approx(nll, **close)
         assert value("iedl") == pytest.approx(weighted, **close)
-        assert value("edl", kl_weight=1.0) - edl == pytest.approx(kl, abs=2 * tolerance)
+        assert value("edl", dirichlet_kl_weight=1.0) - edl == pytest.approx(kl, abs=2 * tolerance)
         plus = value("iedl", logdet_weight=1.0)
         assert value("iedl") - plus == pytest.approx(log_det, abs=2 * tolerance)
         assert fisher_log_det(evidence + 1).item() == pytest.approx(log_det, abs=2 * tolerance)
@@ -112,7 +114,7 @@ def test_value_and_gradient_equal_the_definitions(loss, prior):
     both = []
     for f in (evidential_loss, reference):
         e = evidence.clone().requires_grad_()
-        rows = f(e, y, loss, prior=prior, kl_weight=0.7, logdet_weight=0.3)
+        rows = f(e, y, loss, prior=prior, dirichlet_kl_weight=0.7, logdet_weight=0.3)
         rows.sum().backward()
         both.append((rows.detach(), e.grad))
     # PyTorch's trigamma, in the reference, is good to 5e-10.
@@ -129,10 +131,10 @@ def test_float32_agrees_with_float64_up_to_huge_evidence(loss, k, path):
     evidence[0], evidence[1, y[1]] = 0.0, 1e8
     exact, single = evidence.clone().requires_grad_(), evidence.float().requires_grad_()
     for e in (exact, single):
-        rows = evidential_loss(e, y, loss, kl_weight=0.5)
+        rows = evidential_loss(e, y, loss, dirichlet_kl_weight=0.5)
         rows.backward(torch.linspace(0.5, 2, len(rows), dtype=rows.dtype))
         assert e.grad.isfinite().all()
-    rows = [evidential_loss(e, y, loss, kl_weight=0.5).double() for e in (exact, single)]
+    rows = [evidential_loss(e, y, loss, dirichlet_kl_weight=0.5).double() for e in (exact, single)]
     # Sums over k classes of terms of size log α round to about k ulps of them.
     torch.testing.assert_close(rows[1], rows[0], rtol=5e-6, atol=2e-6 * k)
     # The divergence's gradient is a difference of terms e ψ1(α), which are close to 1.
@@ -152,7 +154,7 @@ def test_redl_with_prior_one_and_the_variance_is_edl():
 @given(st.integers(0, 2**20))
 def test_inequalities_and_scaling(seed):
     evidence, y = random_rows(seed)
-    off = {"kl_weight": 0.0, "prior": 1e-9}
+    off = {"dirichlet_kl_weight": 0.0, "prior": 1e-9}
     nll, uce = (evidential_loss(evidence, y, loss, **off) for loss in ("edl_nll", "edl_ce"))
     assert (nll <= uce + 1e-12).all()  # Jensen
     # Along α → cα: the expected losses fall with the variance, the marginal one stays.
@@ -181,8 +183,8 @@ def test_the_optimum_is_the_prior_plus_frequencies_over_the_weight(prior):
         expected = sum(
             share[j]
             * evidential_loss(
-                alpha[None] - prior, torch.tensor([j]), "edl_ce", prior=prior, kl_weight=0.0,
-                validate_args=False,
+                alpha[None] - prior, torch.tensor([j]), "edl_ce", prior=prior,
+                dirichlet_kl_weight=0.0, validate_args=False,
             )[0]
             for j in range(3)
         )  # fmt: skip
@@ -199,9 +201,9 @@ def test_evidence_of_the_true_class_is_not_penalised():
     y = torch.tensor([0])
     for size in (1.0, 1e3):
         e = torch.tensor([[size, 0.0, 0.0]], dtype=F64, requires_grad=True)
-        with_kl = evidential_loss(e, y, "edl", kl_weight=1.0)
+        with_kl = evidential_loss(e, y, "edl", dirichlet_kl_weight=1.0)
         assert with_kl.item() == pytest.approx(
-            evidential_loss(e, y, "edl", kl_weight=0.0).item(), abs=1e-9
+            evidential_loss(e, y, "edl", dirichlet_kl_weight=0.0).item(), abs=1e-9
         )
         with_kl.backward()
         assert e.grad[0, 0] < 0  # more evidence for it is better
@@ -305,8 +307,8 @@ def test_bad_evidence_and_labels():
         evidential_loss(e, y, "mse")
     with pytest.raises(ParameterError, match="prior must be > 0"):
         evidential_loss(e, y, prior=0.0)
-    with pytest.raises(ParameterError, match="kl_weight"):
-        evidential_loss(e, y, kl_weight=-1.0)
+    with pytest.raises(ParameterError, match="dirichlet_kl_weight"):
+        evidential_loss(e, y, dirichlet_kl_weight=-1.0)
     with pytest.raises((IndexError, RuntimeError)):
         evidential_loss(e, torch.tensor([0, 3]), validate_args=False)
     with pytest.raises(ParameterError, match="prior must be > 0"):
@@ -457,5 +459,5 @@ def test_torch_uncertainty(ours, theirs):
     evidence = 10 * torch.rand(50, 6, generator=generator, dtype=torch.float64)
     y = torch.arange(50) % 6
     expected = losses.DECLoss(reg_weight=0.3, loss_type=theirs)(evidence, y)
-    found = evidential_loss(evidence, y, ours, kl_weight=0.3).mean()
+    found = evidential_loss(evidence, y, ours, dirichlet_kl_weight=0.3).mean()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -142,7 +142,7 @@ def test_stochastic_training_finds_the_posterior():
     """O1 on the path that estimators take: draws, noise, Adam, averaged over the last steps."""
     problem, sigma = LinearRegression(d=3, n=8), 1e-2
     linear = nn.Linear(3, 1, bias=False).double()
-    q = ImplicitWeights(linear, affine(3), sigma=sigma)
+    q = ImplicitWeights(linear, affine(3), weight_noise=sigma)
     optimizer = torch.optim.Adam(q.parameters(), 3e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     g = rng(1)
@@ -472,7 +472,7 @@ def test_correlation_of_layers():
     a[2:4, 1] = a[6:, 2] = 1.0
     generator = MLPGenerator(3, (), 10).double()
     generator.layers[0].weight.data = a
-    q = ImplicitWeights(net, generator, sigma=0.5)
+    q = ImplicitWeights(net, generator, weight_noise=0.5)
     covariance = a @ a.T + 0.25 * torch.eye(10)
     variance = covariance.diagonal()
     expected = (covariance / (variance[:, None] * variance).sqrt()).square()
@@ -530,7 +530,7 @@ def test_pyro_guide_gives_the_same_bound(vectorize):
     expected = problem.expected_log_joint(generator.layers[0].bias.detach(), covariance) + (
         0.5 * (torch.logdet(covariance) + 5 * LOG_2PI_E)
     )
-    guide = ImplicitGuide(model, generator, sigma=sigma)
+    guide = ImplicitGuide(model, generator, weight_noise=sigma)
     n = 1000 if vectorize else 50
     elbo = Trace_ELBO(num_particles=n, vectorize_particles=vectorize, max_plate_nesting=1)
     with torch.no_grad():
@@ -590,8 +590,8 @@ def test_arguments_that_cannot_be_used():
     with pytest.raises(ParameterError, match="generator makes 7 weights, but MLP has 26"):
         ImplicitWeights(net, MLPGenerator(2, (3,), 7))
     for sigma in (0.0, 1e-5, 0.7, math.nan):
-        with pytest.raises(ParameterError, match="sigma must be within"):
-            ImplicitWeights(net, sigma=sigma)
+        with pytest.raises(ParameterError, match="weight_noise must be within"):
+            ImplicitWeights(net, weight_noise=sigma)
     with pytest.raises(ParameterError, match="no trainable parameters"):
         ImplicitWeights(nn.Flatten())
     with pytest.raises(ParameterError, match=r"BatchNorm1d.*GroupNorm"):
@@ -629,7 +629,7 @@ def test_singular_jacobians():
     torch.manual_seed(0)
     mix = torch.randn(3, 20)
     large = Function(20, 40, lambda z: 1e4 * z @ mix.T @ torch.ones(3, 40).cumsum(1).sin())
-    with pytest.warns(SingularJacobianWarning, match="Raise sigma"):
+    with pytest.warns(SingularJacobianWarning, match="Raise weight_noise"):
         value = linearized_entropy(large, torch.randn(2, 20), 1e-3)
     assert value.isfinite().all()
 
@@ -671,17 +671,17 @@ QUICK = {
     "patience": None,
     "random_state": 0,
     "device": "cpu",
-    "width": 6,
+    "generator_width": 6,
 }
 
 
 def test_estimator_arguments_that_cannot_be_used():
     x, y = sine()
     for name, value in {
-        "sigma": 0.0,
-        "initial_sigma": 0.6,
+        "weight_noise": 0.0,
+        "init_weight_noise": 0.6,
         "noise_dim": 0,
-        "width": 2.5,
+        "generator_width": 2.5,
         "bound": "tight",
         "entropy_weight": -1.0,
         "kl_warmup": 1.5,
@@ -720,9 +720,9 @@ def test_estimator_runs_sigma_down_and_shows_correlations():
     model = ImplicitVIRegressor(
         **QUICK | {"max_epochs": 8},
         batch_size=None,
-        initial_sigma=0.16,
-        sigma=0.01,
-        callbacks=[lambda state: seen.append(float(state.module.q.sigma)) or False],
+        init_weight_noise=0.16,
+        weight_noise=0.01,
+        callbacks=[lambda state: seen.append(float(state.module.q.weight_noise)) or False],
     ).fit(x, y)
     # A factor of 16 over the first four steps, then constant.
     expected = [0.16, 0.08, 0.04, 0.02, 0.01, 0.01, 0.01, 0.01]

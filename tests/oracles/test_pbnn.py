@@ -148,7 +148,7 @@ def test_mh_reaches_the_posterior_of_the_batch_before():
     x = torch.zeros_like(y)
     n = 4000
     for move, steps, v in (("mh", 60, 0.1), ("langevin", 1, 4e-3)):
-        smc = OHSMC(location(), n, generator=generator(), move=move, move_steps=steps, move_var=v)
+        smc = OHSMC(location(), n, generator=generator(), move=move, n_move_steps=steps, move_var=v)
         assert torch.equal(smc._move(smc.particles), smc.particles)  # no row was seen
         smc._previous = (x, y, None)
         phi = smc.particles
@@ -346,7 +346,7 @@ def test_sgsmc_finds_the_compromised_maximum():
     # maximum of the likelihood. 60 batches, standard error from their spread.
     slopes = {}
     for name, squared in (("full", full), ("compromise", expected)):
-        smc = SGSMC(location(math.sqrt(squared)), 1000, generator=generator(6), move_steps=3)
+        smc = SGSMC(location(math.sqrt(squared)), 1000, generator=generator(6), n_move_steps=3)
         order, each = generator(7), []
         for _ in range(60):
             batch = y[torch.randperm(n, generator=order)[:m_batch]]
@@ -500,7 +500,7 @@ def test_every_move_learns(move, resampling):
     X, y = moons()
     v = {"langevin": 1e-3, "mh": 1e-3}.get(move, 0.01)
     model = PartialBNNClassifier(
-        move=move, resampling=resampling, move_var=v, move_steps=2, **QUICK
+        move=move, resampling=resampling, move_var=v, n_move_steps=2, **QUICK
     ).fit(X, y)
     X_test, y_test = moons(1)
     assert model.score(X_test, y_test) > 0.8
@@ -518,7 +518,7 @@ def test_sgsmc_and_refresh_behind_the_api(tmp_path):
     X, y = moons(n=60)
     model = PartialBNNClassifier(
         algorithm="sgsmc", hidden=(8, 4), n_particles=60, max_epochs=2, batch_size=16,
-        move_steps=2, random_state=0,
+        n_move_steps=2, random_state=0,
     ).fit(X, y)  # fmt: skip
     found = model.diagnostics_
     assert found["log_evidence"] < 0
@@ -678,7 +678,7 @@ def test_interrupted_sgsmc_keeps_the_epochs_done():
 
     with pytest.warns(FitInterruptedWarning, match="after 2 epochs"):
         model = PartialBNNClassifier(
-            algorithm="sgsmc", refresh=False, hidden=(4, 3), move_steps=1, n_particles=30,
+            algorithm="sgsmc", refresh=False, hidden=(4, 3), n_move_steps=1, n_particles=30,
             max_epochs=9, batch_size=16, callbacks=[interrupt], random_state=0,
         ).fit(X, y)  # fmt: skip
     assert np.isfinite(model.log_score(X, y))
@@ -694,7 +694,7 @@ def test_interrupted_sgsmc_keeps_the_epochs_done():
         ({"move": "nuts"}, "move must be one of 'ou', 'rw'"),
         ({"move_var": 0}, "move_var must be a number > 0"),
         ({"move_var": 2.0}, r"move_var must be below prior_scale² = 1"),
-        ({"move_steps": 1.5}, "move_steps"),
+        ({"n_move_steps": 1.5}, "n_move_steps"),
         ({"prior_scale": -1}, "prior_scale"),
         ({"ess_threshold": 1.5}, r"ess_threshold must be a number in \(0, 1\]"),
         ({"resampling": "best"}, "resampling must be one of"),

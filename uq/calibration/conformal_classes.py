@@ -62,7 +62,7 @@ class ConformalSets(BaseEstimator):
         them is in all sets.
     k_reg : int, default=1
         Classes that cost nothing, for "raps". 1: any second class must earn its place.
-    penalty : float, default=0.1
+    penalty_weight : float, default=0.1
         λ of each class beyond ``k_reg`` for "raps", in units of probability. By default ten classes
         more than ``k_reg`` cost as much as all the mass there is.
     randomized : bool, default=False
@@ -152,7 +152,7 @@ class ConformalSets(BaseEstimator):
         coverage: float = 0.9,
         class_conditional: bool = False,
         k_reg: int = 1,
-        penalty: float = 0.1,
+        penalty_weight: float = 0.1,
         randomized: bool = False,
         allow_empty: bool = True,
         random_state: int | np.random.RandomState | None = None,
@@ -161,7 +161,7 @@ class ConformalSets(BaseEstimator):
         self.coverage = coverage
         self.class_conditional = class_conditional
         self.k_reg = k_reg
-        self.penalty = penalty
+        self.penalty_weight = penalty_weight
         self.randomized = randomized
         self.allow_empty = allow_empty
         self.random_state = random_state
@@ -235,9 +235,9 @@ class ConformalSets(BaseEstimator):
             raise ParameterError(
                 f"ConformalSets: k_reg must be an integer >= 0, got {self.k_reg!r}."
             )
-        if not isinstance(self.penalty, Real) or not 0 <= self.penalty < np.inf:
+        if not isinstance(self.penalty_weight, Real) or not 0 <= self.penalty_weight < np.inf:
             raise ParameterError(
-                f"ConformalSets: penalty must be a number >= 0, got {self.penalty!r}."
+                f"ConformalSets: penalty_weight must be a number >= 0, got {self.penalty_weight!r}."
             )
 
     def _label_scores(self, rows: ClassificationRows) -> Floats:
@@ -288,7 +288,7 @@ class ConformalSets(BaseEstimator):
             own = score - np.take_along_axis(mass, first, 1)
             score -= (1 - self._noise(sorted_p)) * own
         if self.score == "raps":
-            score += self.penalty * np.maximum(last + 1 - self.k_reg, 0)
+            score += self.penalty_weight * np.maximum(last + 1 - self.k_reg, 0)
         out = np.empty_like(score)
         np.put_along_axis(out, order, score.round(_DECIMALS), 1)
         return out

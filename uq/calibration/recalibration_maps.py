@@ -47,15 +47,15 @@ class VectorScaling(Recalibrator):
 
     Parameters
     ----------
-    penalty : float, default=1.0
+    penalty_weight : float, default=1.0
         Pull towards leaving predictions as they are, in units of a row: the sum of n log scores
-        gets ``penalty``/2 · (Σ (w_k − 1)² + Σ b_k²), a standard normal prior for 1. It fades as n
-        grows; 0 leaves nothing to stop weights from growing without end when classes separate.
+        gets ``penalty_weight``/2 · (Σ (w_k − 1)² + Σ b_k²), a standard normal prior for 1. It fades
+        as n grows; 0 leaves nothing to stop weights from growing without end when classes separate.
 
     Attributes
     ----------
     weight_, bias_ : ndarray of shape (n_classes,)
-        w and b; biases sum to 0 where ``penalty`` > 0.
+        w and b; biases sum to 0 where ``penalty_weight`` > 0.
     classes_ : ndarray of shape (n_classes,)
         Labels of the predictions that it was fitted on.
 
@@ -88,8 +88,8 @@ class VectorScaling(Recalibrator):
     bias_: Floats
     classes_: NDArray[Any]
 
-    def __init__(self, penalty: float = 1.0) -> None:
-        self.penalty = penalty
+    def __init__(self, penalty_weight: float = 1.0) -> None:
+        self.penalty_weight = penalty_weight
 
     def fit(
         self, dist: ClassPredictive, y: ArrayLike | Tensor, sample_weight: ArrayLike | None = None
@@ -115,7 +115,7 @@ class VectorScaling(Recalibrator):
         DataError
             If labels and predictions do not match, or ``y`` has fewer than two classes.
         ParameterError
-            If ``penalty`` is negative.
+            If ``penalty_weight`` is negative.
         """
         _check_penalty(self)
         rows = HeldOut.of(self, dist, y, sample_weight)
@@ -136,10 +136,10 @@ class MatrixScaling(Recalibrator):
 
     Parameters
     ----------
-    penalty : float, default=1.0
+    penalty_weight : float, default=1.0
         Pull towards leaving predictions as they are, in units of a row: the sum of n log scores
-        gets ``penalty``/2 · (K² Σ_{i≠j} w_ij² + Σ (w_ii − 1)² + Σ b_i²) for K classes. It fades as
-        n grows.
+        gets ``penalty_weight``/2 · (K² Σ_{i≠j} w_ij² + Σ (w_ii − 1)² + Σ b_i²) for K classes. It
+        fades as n grows.
 
     Attributes
     ----------
@@ -185,8 +185,8 @@ class MatrixScaling(Recalibrator):
     bias_: Floats
     classes_: NDArray[Any]
 
-    def __init__(self, penalty: float = 1.0) -> None:
-        self.penalty = penalty
+    def __init__(self, penalty_weight: float = 1.0) -> None:
+        self.penalty_weight = penalty_weight
 
     def fit(
         self, dist: ClassPredictive, y: ArrayLike | Tensor, sample_weight: ArrayLike | None = None
@@ -212,7 +212,7 @@ class MatrixScaling(Recalibrator):
         DataError
             If labels and predictions do not match, or ``y`` has fewer than two classes.
         ParameterError
-            If ``penalty`` is negative.
+            If ``penalty_weight`` is negative.
         """
         _check_penalty(self)
         rows = HeldOut.of(self, dist, y, sample_weight)
@@ -240,9 +240,9 @@ class BetaCalibration(Recalibrator):
 
     Parameters
     ----------
-    penalty : float, default=1.0
+    penalty_weight : float, default=1.0
         Pull towards leaving predictions as they are, in units of a row: the sum of n log scores
-        gets ``penalty``/2 · ((a − 1)² + (b − 1)² + c²). It fades as n grows.
+        gets ``penalty_weight``/2 · ((a − 1)² + (b − 1)² + c²). It fades as n grows.
 
     Attributes
     ----------
@@ -284,8 +284,8 @@ class BetaCalibration(Recalibrator):
     c_: float
     classes_: NDArray[Any]
 
-    def __init__(self, penalty: float = 1.0) -> None:
-        self.penalty = penalty
+    def __init__(self, penalty_weight: float = 1.0) -> None:
+        self.penalty_weight = penalty_weight
 
     def fit(
         self, dist: ClassPredictive, y: ArrayLike | Tensor, sample_weight: ArrayLike | None = None
@@ -311,7 +311,7 @@ class BetaCalibration(Recalibrator):
         DataError
             If there are not two classes, labels and predictions do not match, or ``y`` holds one.
         ParameterError
-            If ``penalty`` is negative.
+            If ``penalty_weight`` is negative.
         """
         _check_penalty(self)
         rows = HeldOut.of(self, dist, y, sample_weight)
@@ -356,10 +356,10 @@ def _mapped(dist: ClassPredictive, mapping: Map, theta: Any) -> CategoricalMixtu
 
 
 def _check_penalty(recalibrator: _Affine) -> None:
-    penalty = recalibrator.penalty
-    if not isinstance(penalty, Real) or not 0 <= penalty < np.inf:
+    weight = recalibrator.penalty_weight
+    if not isinstance(weight, Real) or not 0 <= weight < np.inf:
         raise ParameterError(
-            f"{type(recalibrator).__name__}: penalty must be a number >= 0, got {penalty!r}."
+            f"{type(recalibrator).__name__}: penalty_weight must be a number >= 0, got {weight!r}."
         )
 
 
@@ -374,15 +374,15 @@ def _descend(
 ) -> Floats:
     """Parameters of ``mapping`` above ``lower`` of the least penalised loss.
 
-    The penalty is ``penalty``/2 · Σ stiffness · (θ − identity)²; ``identity`` leaves predictions as
-    they are, and is where the descent starts.
+    The penalty is ``penalty_weight``/2 · Σ stiffness · (θ − identity)²; ``identity`` leaves
+    predictions as they are, and is where the descent starts.
     """
     from scipy.optimize import minimize
 
     device = rows.log_p.device
     # In units in which the penalty is the same in all directions, which takes fewer steps.
     unit = np.broadcast_to(1 / np.sqrt(stiffness), identity.shape)
-    pull = recalibrator.penalty / (2 * rows.total_weight)
+    pull = recalibrator.penalty_weight / (2 * rows.total_weight)
 
     def loss(u: Floats) -> tuple[float, Floats]:
         theta = torch.tensor(identity + unit * u, device=device, requires_grad=True)
@@ -405,7 +405,7 @@ def _descend(
     if not residual <= _TOLERANCE:
         warnings.warn(
             f"{type(recalibrator).__name__}.fit stopped after {found.nit} steps with a gradient of "
-            f"{residual:.1e} nats, expected <= {_TOLERANCE:g}; raise penalty, or use "
+            f"{residual:.1e} nats, expected <= {_TOLERANCE:g}; raise penalty_weight, or use "
             "TemperatureScaling.",
             ConvergenceWarning,
             stacklevel=3,

@@ -61,7 +61,7 @@ def to_abnn(
     *,
     alpha: float | None = None,
     noise_shape: NoiseShape = "channel",
-    scope: Scope = "norm",
+    train_scope: Scope = "norm",
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """Return a copy of a trained network in which every normalisation layer is Bayesian.
@@ -80,7 +80,7 @@ def to_abnn(
     noise_shape : {"channel", "sample", "element"}, default="channel"
         One noise number per channel and forward pass (a draw of the weights, at no cost), per
         channel and row, or per activation (the authors' code).
-    scope : {"norm", "all"}, default="norm"
+    train_scope : {"norm", "all"}, default="norm"
         What is to be fine-tuned. With "norm" the copy shares the memory of all other parameters
         with ``module``, and they take no gradient: a member costs its normalisation layers. With
         "all" everything is copied.
@@ -124,10 +124,10 @@ def to_abnn(
     >>> draws.mean(0).shape
     torch.Size([60, 3])
     """
-    _check_scope(scope)
+    _check_scope(train_scope)
     refuse_lazy(module)
     memo: dict[int, Any] = {}
-    if scope == "norm":
+    if train_scope == "norm":
         norms = [m for m in module.modules() if isinstance(m, NORM_LAYERS)]
         own = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
         memo = {
@@ -166,9 +166,9 @@ def convert(
     return module
 
 
-def _check_scope(scope: str) -> None:
-    if scope not in SCOPES:
-        raise ParameterError(f"scope must be 'norm' or 'all', got {scope!r}.")
+def _check_scope(train_scope: str) -> None:
+    if train_scope not in SCOPES:
+        raise ParameterError(f"train_scope must be 'norm' or 'all', got {train_scope!r}.")
 
 
 def insert_norms(module: nn.Module, x: Tensor) -> nn.Module:
@@ -282,10 +282,10 @@ def random_class_weights(
     return weights
 
 
-def tuned_names(network: Network, scope: Scope) -> list[str]:
+def tuned_names(network: Network, train_scope: Scope) -> list[str]:
     """Names of the parameters and buffers that a member has for itself."""
     parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
-    if scope == "all":
+    if train_scope == "all":
         return [*parameters, *buffers]
     norms = tuple(f"{name}." for name in bayesian_layers(network))
     # The likelihood, too: it holds the noise of the targets.

@@ -50,7 +50,7 @@ from uq.nn.priors import NormalPrior
 Bound = Literal["exact", "smallest"]
 BOUNDS = ("exact", "smallest")
 # Below it the Gram matrix's rounding in float32 is as large as σ².
-SMALLEST_SIGMA = 1e-4
+SMALLEST_NOISE = 1e-4
 _LOG_2PI_E = math.log(2 * math.pi) + 1
 
 
@@ -122,7 +122,7 @@ def _log_det(gram: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         return nan[..., 0, 0] * gram.sum((-2, -1)), nan
     warnings.warn(
         "the generator's Jacobian is singular to rounding: JᵀJ + σ²I is not positive definite. Its "
-        "eigenvalues below σ² were set to σ². Raise sigma, or use float64.",
+        "eigenvalues below σ² were set to σ². Raise weight_noise, or use float64.",
         SingularJacobianWarning,
         stacklevel=3,
     )
@@ -173,7 +173,7 @@ def smallest_singular_value(
             if not bool(small.isfinite().all()):
                 warnings.warn(
                     "the iteration for the smallest singular value met NaN or infinity; its last "
-                    "finite vector is used. Lower lr, or raise sigma.",
+                    "finite vector is used. Lower lr, or raise weight_noise.",
                     SingularJacobianWarning,
                     stacklevel=2,
                 )
@@ -248,7 +248,7 @@ class ImplicitWeights(nn.Module):
     generator : Generator, optional
         By default a :class:`uq.nn.implicit.MatrixGenerator` with a head per layer, centred at the
         module's own weights.
-    sigma : float, default=0.01
+    weight_noise : float, default=0.01
         Standard deviation of the noise on every weight.
     init_std : float, default=0.05
         Standard deviation of the weights at the start, with the default generator.
@@ -257,7 +257,7 @@ class ImplicitWeights(nn.Module):
     ------
     ParameterError
         If ``module`` has no trainable parameters or holds batch normalisation, ``generator`` does
-        not make as many weights as it has, or ``sigma`` is out of [1e-4, 0.5].
+        not make as many weights as it has, or ``weight_noise`` is out of [1e-4, 0.5].
 
     Examples
     --------
@@ -284,14 +284,14 @@ class ImplicitWeights(nn.Module):
     torch.Size([4, 90, 3])
     """
 
-    sigma: Tensor
+    weight_noise: Tensor
 
     def __init__(
         self,
         module: nn.Module,
         generator: Generator | None = None,
         *,
-        sigma: float = 0.01,
+        weight_noise: float = 0.01,
         init_std: float = 0.05,
     ) -> None:
         super().__init__()
@@ -306,10 +306,11 @@ class ImplicitWeights(nn.Module):
                 "those of different weight draws; use GroupNorm or LayerNorm, or "
                 "track_running_stats=False."
             )
-        if not SMALLEST_SIGMA <= sigma <= 0.5:
+        if not SMALLEST_NOISE <= weight_noise <= 0.5:
             raise ParameterError(
-                f"sigma must be within [{SMALLEST_SIGMA}, 0.5], got {sigma!r}: the entropy's "
-                "gradient vanishes in a wider noise, and a narrower one leaves it to rounding."
+                f"weight_noise must be within [{SMALLEST_NOISE}, 0.5], got {weight_noise!r}: the "
+                "entropy's gradient vanishes in a wider noise, and a narrower one leaves it to "
+                "rounding."
             )
         self._module = [module]  # in a list: its parameters are not this module's
         self.layout: WeightLayout = WeightLayout(module)
@@ -327,7 +328,7 @@ class ImplicitWeights(nn.Module):
             )
         self.generator = generator
         dtype = next((p.dtype for p in generator.parameters()), torch.get_default_dtype())
-        self.register_buffer("sigma", torch.tensor(float(sigma), dtype=dtype))
+        self.register_buffer("weight_noise", torch.tensor(float(weight_noise), dtype=dtype))
 
     @property
     def module(self) -> nn.Module:
@@ -336,13 +337,13 @@ class ImplicitWeights(nn.Module):
 
     def draw(self, n: int, rng: torch.Generator | None = None) -> Draw:
         """Draw weights ``n`` times, differentiable with respect to the generator."""
-        like: Any = {"dtype": self.sigma.dtype, "device": self.sigma.device}
+        like: Any = {"dtype": self.weight_noise.dtype, "device": self.weight_noise.device}
         z = torch.empty(n, self.generator.noise_dim, **like)
         flat = torch.empty(n, self.generator.n_weights, **like)
         for row, noise in zip(z, flat, strict=True):
             row.normal_(generator=rng)
             noise.normal_(generator=rng)
-        flat = flat.mul_(self.sigma).add_(self.generator(z))
+        flat = flat.mul_(self.weight_noise).add_(self.generator(z))
         return Draw(z, flat, self.layout.unflatten(flat))
 
     def entropy(
@@ -350,16 +351,16 @@ class ImplicitWeights(nn.Module):
         z: Tensor,
         bound: Bound = "exact",
         *,
-        iterations: int = 12,
+        sv_iterations: int = 12,
         probes: int | None = None,
         rng: torch.Generator | None = None,
     ) -> Tensor:
         """Linearised entropy at noise ``z`` (S, d), in nats (S,): "exact" L′ or "smallest" L″."""
         if bound == "exact":
-            return linearized_entropy(self.generator, z, self.sigma, probes=probes, rng=rng)
+            return linearized_entropy(self.generator, z, self.weight_noise, probes=probes, rng=rng)
         if bound == "smallest":
             return smallest_value_entropy(
-                self.generator, z, self.sigma, iterations=iterations, rng=rng
+                self.generator, z, self.weight_noise, iterations=sv_iterations, rng=rng
             )
         raise ParameterError(f"bound must be one of {', '.join(BOUNDS)}, got {bound!r}.")
 
@@ -370,7 +371,7 @@ class ImplicitWeights(nn.Module):
         bound: Bound = "exact",
         *,
         entropy_weight: float = 1.0,
-        iterations: int = 12,
+        sv_iterations: int = 12,
         probes: int | None = None,
         rng: torch.Generator | None = None,
     ) -> Tensor:
@@ -386,7 +387,7 @@ class ImplicitWeights(nn.Module):
             Of the entropy: L′ or L″.
         entropy_weight : float, default=1.0
             Factor on the entropy; 0 leaves it out, and q then collapses.
-        iterations : int
+        sv_iterations : int
             Steps to the smallest singular value, of L″.
         probes : int, optional
             Random directions for the gradient of L′; by default it is exact.
@@ -400,7 +401,9 @@ class ImplicitWeights(nn.Module):
         """
         kl = -self.log_prior(draw, prior)
         if entropy_weight:
-            entropy = self.entropy(draw.noise, bound, iterations=iterations, probes=probes, rng=rng)
+            entropy = self.entropy(
+                draw.noise, bound, sv_iterations=sv_iterations, probes=probes, rng=rng
+            )
             kl = kl - entropy_weight * entropy.to(kl.dtype)
         return kl
 
@@ -489,7 +492,7 @@ class ImplicitPosterior(WeightPosterior):
         Architecture; weights that do not require gradients keep their value.
     generator : Generator
         Makes the others.
-    sigma : float
+    weight_noise : float
         Standard deviation of the noise on every weight.
     seed : int, default=0
         Seed of the draws: predicting twice gives the same numbers.
@@ -510,12 +513,14 @@ class ImplicitPosterior(WeightPosterior):
         self,
         network: Network,
         generator: Generator | None,
-        sigma: float,
+        weight_noise: float,
         seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(network, seed)
-        self.q: ImplicitWeights = ImplicitWeights(network, generator, sigma=sigma, **options)
+        self.q: ImplicitWeights = ImplicitWeights(
+            network, generator, weight_noise=weight_noise, **options
+        )
 
     def sampler(self, n: int, generator: torch.Generator) -> Callable[[int], Weights]:
         """Draw z and ε, each draw from one noise vector of its own."""
@@ -564,7 +569,7 @@ class ImplicitGuide(AutoContinuous):
         Makes the unconstrained latent vector; by default an :class:`uq.nn.implicit.MatrixGenerator`
         sized to it. It is made at the first call, so call the guide once before you build an
         optimizer.
-    sigma : float, default=0.01
+    weight_noise : float, default=0.01
         Standard deviation of the noise on every unconstrained latent variable.
     bound : {"exact", "smallest"}, default="exact"
         L′ or L″.
@@ -599,12 +604,12 @@ class ImplicitGuide(AutoContinuous):
         model: Callable[..., Any],
         generator: Generator | None = None,
         *,
-        sigma: float = 0.01,
+        weight_noise: float = 0.01,
         bound: Bound = "exact",
         init_std: float = 0.05,
     ) -> None:
         super().__init__(model, init_loc_fn=init_to_sample)
-        self.sigma = sigma
+        self.weight_noise = weight_noise
         self.bound = bound
         self.init_std = init_std
         # Not by attribute: access would put the generator into Pyro's parameter store.
@@ -637,9 +642,9 @@ class ImplicitGuide(AutoContinuous):
         z = pyro.sample(f"{name}_noise", base, infer={"is_auxiliary": True})
         batch, z = z.shape[:-1], z.reshape(-1, generator.noise_dim)
         flat = generator(z)
-        flat = flat + self.sigma * torch.randn_like(flat)
+        flat = flat + self.weight_noise * torch.randn_like(flat)
         entropy = (linearized_entropy if self.bound == "exact" else smallest_value_entropy)(
-            generator, z, self.sigma
+            generator, z, self.weight_noise
         )
         if am_i_wrapped():  # otherwise there is nobody to tell
             pyro.factor(f"{name}_entropy", -entropy.to(p.dtype).view(batch), has_rsample=True)

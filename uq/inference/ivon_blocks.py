@@ -75,11 +75,11 @@ class FlatGroup:
     ----------
     parameters : list of Tensor
         Of one dtype and one device.
-    init_hess : float
+    hess_init : float
         Initial curvature.
     """
 
-    def __init__(self, parameters: list[Tensor], init_hess: float) -> None:
+    def __init__(self, parameters: list[Tensor], hess_init: float) -> None:
         self.parameters = parameters
         like = parameters[0]
         self.n: int = sum(p.numel() for p in parameters)
@@ -91,7 +91,7 @@ class FlatGroup:
         self.momentum: Tensor
         self.kept: Tensor
         self.hess, self.momentum, self.kept = (
-            vector(self.n, init_hess),
+            vector(self.n, hess_init),
             vector(self.n),
             vector(self.n),
         )

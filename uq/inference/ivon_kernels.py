@@ -18,7 +18,7 @@ from uq.kernels.dispatch import has_triton, use_triton
 from uq.kernels.philox import Purpose, stream
 
 
-def make_group(parameters: list[Tensor], init_hess: float, number: int) -> FlatGroup:
+def make_group(parameters: list[Tensor], hess_init: float, number: int) -> FlatGroup:
     """State of a group: in kernels where they run, otherwise in blocks of tensor operations.
 
     ``UQ_KERNELS=reference`` on a GPU takes the kernels' torch references, of the same noise.
@@ -30,8 +30,8 @@ def make_group(parameters: list[Tensor], init_hess: float, number: int) -> FlatG
         and sum(p.numel() for p in parameters) < 1 << 32
     )
     if fits and (use_triton(like) or (like.is_cuda and has_triton())):
-        return KernelGroup(parameters, init_hess, number)
-    return FlatGroup(parameters, init_hess)
+        return KernelGroup(parameters, hess_init, number)
+    return FlatGroup(parameters, hess_init)
 
 
 class KernelGroup(FlatGroup):
@@ -41,8 +41,8 @@ class KernelGroup(FlatGroup):
     device, by the kernel that writes it: an interrupt may come between a launch and its note here.
     """
 
-    def __init__(self, parameters: list[Tensor], init_hess: float, number: int) -> None:
-        super().__init__(parameters, init_hess)
+    def __init__(self, parameters: list[Tensor], hess_init: float, number: int) -> None:
+        super().__init__(parameters, hess_init)
         self._segments = ivon.Segments(parameters)
         self._stream = stream(Purpose.IVON, number)
         self._holds = torch.zeros(1, dtype=torch.int32, device=self.hess.device)

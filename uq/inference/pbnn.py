@@ -155,7 +155,7 @@ class OHSMC(_ParticleObjective):
     move_var : float, default=0.01
         Variance v. With a random walk the variance of a weight settles at about
         (√(v² + 4v/(M i)) − v)/2, i the information in a row: v, not N, sets the spread.
-    move_steps : int, default=10
+    n_move_steps : int, default=10
         Metropolis steps of "mh".
     likelihood_power : float, default=1
         κ of "mh" and "langevin"; N/M would be the scale of the whole data.
@@ -208,7 +208,7 @@ class OHSMC(_ParticleObjective):
         generator: torch.Generator,
         move: str = "ou",
         move_var: float = 0.01,
-        move_steps: int = 10,
+        n_move_steps: int = 10,
         likelihood_power: float = 1.0,
         prior_scale: float = 1.0,
         ess_threshold: float = 1.0,
@@ -232,7 +232,7 @@ class OHSMC(_ParticleObjective):
         )
         self.move = move
         self.move_var = move_var
-        self.move_steps = move_steps
+        self.n_move_steps = n_move_steps
         self.likelihood_power = likelihood_power
         self.gradient = gradient
         self._previous: tuple[Tensor, Tensor, Tensor | None] | None = None
@@ -280,7 +280,7 @@ class OHSMC(_ParticleObjective):
             return phi + 0.5 * v * gradient + math.sqrt(v) * self._noise(phi)
         log_p = self._log_target(phi)
         rates = []
-        for _ in range(self.move_steps):
+        for _ in range(self.n_move_steps):
             proposal = phi + math.sqrt(v) * self._noise(phi)
             log_q = self._log_target(proposal)
             take = accept(log_q - log_p, self.generator)
@@ -317,15 +317,15 @@ class SGSMC(_ParticleObjective):
     ----------
     network, n_particles, generator, prior_scale, resampling, gradient, weight_factor
         As in :class:`OHSMC`.
-    move_steps : int, default=10
+    n_move_steps : int, default=10
         Metropolis steps after each resampling.
     ess_threshold : float, default=0.5
         Resample where the effective sample size is at most this share of the particles.
 
     Notes
     -----
-    A batch of M rows costs about move_steps · M/3 passes over it. The cloud is the posterior given
-    the last batch alone: use :func:`refresh` after training.
+    A batch of M rows costs about n_move_steps · M/3 passes over it. The cloud is the posterior
+    given the last batch alone: use :func:`refresh` after training.
 
     Examples
     --------
@@ -335,7 +335,7 @@ class SGSMC(_ParticleObjective):
     >>> x = torch.linspace(-2, 2, 20)[:, None]
     >>> body = MLP(1, (10, 4), 1)
     >>> net = ParticleNetwork(Network(body, NormalLikelihood(1)), stochastic_names(body))
-    >>> smc = SGSMC(net, 50, generator=torch.Generator().manual_seed(0), move_steps=2)
+    >>> smc = SGSMC(net, 50, generator=torch.Generator().manual_seed(0), n_move_steps=2)
     >>> loss = smc(x, x.sin())  # nats per row
     >>> loss.backward()
     >>> smc.particles.shape  # 10 · 4 weights and 4 biases
@@ -348,7 +348,7 @@ class SGSMC(_ParticleObjective):
         n_particles: int = 1000,
         *,
         generator: torch.Generator,
-        move_steps: int = 10,
+        n_move_steps: int = 10,
         prior_scale: float = 1.0,
         ess_threshold: float = 0.5,
         resampling: str = "stratified",
@@ -359,7 +359,7 @@ class SGSMC(_ParticleObjective):
             network, n_particles, prior_scale, ess_threshold, resampling, generator, weight_factor
         )
         self.gradient = gradient
-        self.kernel: RandomWalk = RandomWalk(move_steps)
+        self.kernel: RandomWalk = RandomWalk(n_move_steps)
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Find the posterior given a batch; return the loss, in nats per row."""

@@ -41,7 +41,7 @@ class RandomWalk:
     ----------
     n_steps : int, default=10
         Metropolis steps at each target.
-    covariance : {"full", "diagonal"}, default="full"
+    covariance : {"dense", "diagonal"}, default="dense"
         Of the proposal. Diagonal where D exceeds the number of particles.
     scale : float, optional
         Fixes s, without adaptation.
@@ -69,13 +69,13 @@ class RandomWalk:
     def __init__(
         self,
         n_steps: int = 10,
-        covariance: Literal["full", "diagonal"] = "full",
+        covariance: Literal["dense", "diagonal"] = "dense",
         scale: float | None = None,
     ) -> None:
         check_count("RandomWalk", n_steps=n_steps)
-        if covariance not in ("full", "diagonal"):
+        if covariance not in ("dense", "diagonal"):
             raise ParameterError(
-                f"RandomWalk: covariance must be 'full' or 'diagonal', got {covariance!r}."
+                f"RandomWalk: covariance must be 'dense' or 'diagonal', got {covariance!r}."
             )
         self.n_steps = n_steps
         self.covariance = covariance

@@ -124,7 +124,7 @@ class _ABNN(PointEstimator):
     weight_decay: float = 1e-4
     loss_norm: Literal["weighted_mean", "batch"] = "weighted_mean"
     batch_statistics: Literal["auto", "frozen", "updated"] = "auto"
-    base_epochs: int | None = None
+    base_max_epochs: int | None = None
     base_lr: float = 3e-3
 
     n_members_: int = field(init=False)
@@ -142,7 +142,7 @@ class _ABNN(PointEstimator):
         check_number(self, "weight_decay", at_least=0, below=math.inf)
         check_choice(self, "loss_norm", ("weighted_mean", "batch"))
         check_choice(self, "batch_statistics", ("auto", "frozen", "updated"))
-        check_number(self, "base_epochs", at_least=1, integer=True, optional=True)
+        check_number(self, "base_max_epochs", at_least=1, integer=True, optional=True)
         check_number(self, "base_lr", above=0, below=math.inf)
         name = type(self).__name__
         if not isinstance(self.include_original, bool | np.bool_):
@@ -242,7 +242,7 @@ class _ABNN(PointEstimator):
     def _fit_base(self, network: Network, data: TrainingData) -> TrainingResult:
         """Train the plain network as MAP, in place."""
         trainer = copy.copy(self)
-        trainer.lr, trainer.max_epochs = self.base_lr, self.base_epochs
+        trainer.lr, trainer.max_epochs = self.base_lr, self.base_max_epochs
         with without_noise(network):
             return trainer._fit_network(network, data)
 
@@ -369,7 +369,7 @@ module : torch.nn.Module or callable, optional
     batch_statistics : {{"auto", "frozen", "updated"}}, default="auto"
         Whether fine-tuning normalises by batches and updates batch normalisation's running
         statistics; "auto" freezes them below 1,000 rows or 16 rows a batch.
-    base_epochs : int, optional
+    base_max_epochs : int, optional
         Passes over the data of the training before, where ``module`` is no trained network; by
         default as many as give about 5,000 steps, within 20 to 1,000.
     base_lr : float, default=3e-3
@@ -429,7 +429,7 @@ class ABNNClassifier(_ABNN, Classifier):
     >>> from sklearn.datasets import load_wine
     >>> from uq import ABNNClassifier
     >>> X, y = load_wine(return_X_y=True)
-    >>> model = ABNNClassifier(base_epochs=20, random_state=0).fit(X, y)
+    >>> model = ABNNClassifier(base_max_epochs=20, random_state=0).fit(X, y)
     >>> dist = model.predict_distribution(X[:2])
     >>> dist.n_draws, bool((dist.epistemic >= 0).all())
     (40, True)
@@ -485,7 +485,7 @@ class ABNNRegressor(_ABNN, NetworkRegressor):
     >>> from sklearn.datasets import load_diabetes
     >>> from uq import ABNNRegressor
     >>> X, y = load_diabetes(return_X_y=True)
-    >>> model = ABNNRegressor(base_epochs=20, random_state=0).fit(X, y)
+    >>> model = ABNNRegressor(base_max_epochs=20, random_state=0).fit(X, y)
     >>> lower, upper = model.predict_interval(X[:3], coverage=0.9)
     >>> bool((lower < upper).all())
     True

@@ -28,21 +28,21 @@ class ETPObjective(Objective):
     """Negative evidence bound of a batch, a mean over rows; each step writes to the memory."""
 
     def __init__(
-        self, network: nn.Module, head: ETPHead, n_effective: float, weight_kl: float
+        self, network: nn.Module, head: ETPHead, n_effective: float, layer_kl_weight: float
     ) -> None:
         super().__init__()
         self.network = network
         self.head = head
-        self.weight_kl: float = weight_kl / n_effective
+        self.layer_kl_weight: float = layer_kl_weight / n_effective
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Loss of the batch, after which a share of it is written to the memory."""
         outputs = self.network(x)
         loss = weighted_mean(self.head.loss(outputs, y), weight)
-        if self.weight_kl:
+        if self.layer_kl_weight:
             for layer in self.network.modules():
                 if isinstance(layer, VariationalLinear):
-                    loss = loss + self.weight_kl * layer.kl()
+                    loss = loss + self.layer_kl_weight * layer.kl()
         if self.training:
             self._write(outputs, y, weight)
         return loss
@@ -68,15 +68,15 @@ class _ETP(Estimator):
     memory_size: int = 20
     memory_decay: float = 0.99
     memory_noise: float = 0.1
-    kl_weight: float = 1e-3
-    weight_kl: float = 1e-3
+    dirichlet_kl_weight: float = 1e-3
+    layer_kl_weight: float = 1e-3
     patience: int | Literal["auto"] | None = "auto"
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_number(self, "memory_size", at_least=1, integer=True)
         check_number(self, "memory_decay", at_least=0, below=1)
-        for name in ("memory_noise", "kl_weight", "weight_kl"):
+        for name in ("memory_noise", "dirichlet_kl_weight", "layer_kl_weight"):
             check_number(self, name, at_least=0, below=math.inf)
 
     def _build_posterior(self, seed: int = 0) -> EvidentialPosterior:
@@ -86,7 +86,7 @@ class _ETP(Estimator):
             self.memory_size,
             memory_decay=self.memory_decay,
             memory_noise=self.memory_noise,
-            kl_weight=self.kl_weight,
+            dirichlet_kl_weight=self.dirichlet_kl_weight,
         )
         body = variational(self._body(n_classes, self._width_reason()))
         return EvidentialPosterior(body, head.to(self._dtype), seed)
@@ -94,7 +94,7 @@ class _ETP(Estimator):
     def _infer(self, data: TrainingData) -> tuple[EvidentialPosterior, TrainingResult]:
         posterior = self._build_posterior(data.seeds.predict).to(data.fabric.device)
         objective = ETPObjective(
-            posterior.network, posterior.head, data.n_effective, self.weight_kl
+            posterior.network, posterior.head, data.n_effective, self.layer_kl_weight
         )
         trained = [p for p in objective.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, self.lr, fused=True)
@@ -126,10 +126,10 @@ class ETPClassifier(_ETP, Classifier):
     memory_noise : float, default=0.1
         Standard deviation of the noise under which the memory is read in training. Cells lie in
         (−1, 1). Predictions read it without.
-    kl_weight : float, default=1e-3
+    dirichlet_kl_weight : float, default=1e-3
         τ, weight of KL(Dir(α) ‖ Dir(β)). The loss of a row that is always of one class is least
         where that class has 1/τ more than its prior, so larger gives less confident rows.
-    weight_kl : float, default=1e-3
+    layer_kl_weight : float, default=1e-3
         Weight of KL(q(w) ‖ N(0, 0.1))/N, of the Linear layers. 1 is the bound as the paper writes
         it, 0 what the authors' published code computes. The default tempers both divergences
         alike; 1 costs log score on digits, where the rows are far fewer than the weights.
@@ -143,16 +143,16 @@ class ETPClassifier(_ETP, Classifier):
 
     Warnings
     --------
-    ``epistemic`` ranks rows; its amount is set by ``kl_weight`` and does not shrink to 0 with more
-    rows, as with every loss that learns a Dirichlet from labels alone (Bengs et al. 2022). The
-    prior is the row's own, so ``vacuity`` is in units without a meaning and ranks by −S.
+    ``epistemic`` ranks rows; its amount is set by ``dirichlet_kl_weight`` and does not shrink to 0
+    with more rows, as with every loss that learns a Dirichlet from labels alone (Bengs et al.
+    2022). The prior is the row's own, so ``vacuity`` is in units without a meaning and ranks by −S.
 
     The memory does little by itself. Written at the authors' rate its cells stay close to one
     another, so that β hardly differs between rows; a memory that is forgotten at each step
     (``memory_decay=0``) predicts the digits as well. What tells ETP from EDL in practice is the
-    small ``kl_weight``, which leaves probabilities that are far less timid:
-    ``EvidentialClassifier(loss="edl_ce", kl_weight=1e-3, evidence="exp")`` does as well on digits,
-    at a quarter of the cost of a step (``benchmarks/evidential.py``).
+    small ``dirichlet_kl_weight``, which leaves probabilities that are far less timid:
+    ``EvidentialClassifier(loss="edl_ce", dirichlet_kl_weight=1e-3, evidence="exp")`` does as well
+    on digits, at a quarter of the cost of a step (``benchmarks/evidential.py``).
 
     Notes
     -----

@@ -72,18 +72,22 @@ class _EvidentialObjective(Objective):
 class _DirichletObjective(_EvidentialObjective):
     """Adds the divergence from the prior, whose weight grows from epoch to epoch."""
 
-    kl_weight: float
-    kl_anneal_epochs: int
+    dirichlet_kl_weight: float
+    kl_warmup_epochs: int
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean loss of the batch at the weight that this epoch has."""
-        share = min(1.0, self.epoch / self.kl_anneal_epochs) if self.kl_anneal_epochs else 1.0
-        rows = self.head.loss(self.network(x), y, kl_weight=share * self.kl_weight)
+        share = min(1.0, self.epoch / self.kl_warmup_epochs) if self.kl_warmup_epochs else 1.0
+        rows = self.head.loss(
+            self.network(x), y, dirichlet_kl_weight=share * self.dirichlet_kl_weight
+        )
         return weighted_mean(rows, weight)
 
     def held_out_nll(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each row with the divergence in full: its log score alone would stop early on."""
-        rows: Tensor = self.head.loss(self.network(x), y, kl_weight=self.kl_weight)
+        rows: Tensor = self.head.loss(
+            self.network(x), y, dirichlet_kl_weight=self.dirichlet_kl_weight
+        )
         return rows
 
 
@@ -191,10 +195,10 @@ class EvidentialClassifier(_Evidential, Classifier):
         "edl" is the expected squared error, "edl_ce" the expected and "edl_nll" the marginal
         negative log likelihood; "iedl" weighs squared errors by the Fisher information, which in
         its authors' tables ranks OOD inputs best; "redl" drops the variance, with a prior of 0.1.
-    kl_weight : float, default=1.0
+    dirichlet_kl_weight : float, default=1.0
         Weight of the divergence from the prior, which removes evidence for wrong classes. Smaller
         (0.001 to 0.1) makes probabilities less timid.
-    kl_anneal_epochs : int, default=10
+    kl_warmup_epochs : int, default=10
         Epochs in which that weight grows from 0, so that the network first learns the classes.
     logdet_weight : float, default=0.05
         Weight of −log |Fisher information| in "iedl", which holds evidence back; 0.005 to 0.1 in
@@ -264,8 +268,8 @@ class EvidentialClassifier(_Evidential, Classifier):
     """
 
     loss: Loss = "iedl"
-    kl_weight: float = 1.0
-    kl_anneal_epochs: int = 10
+    dirichlet_kl_weight: float = 1.0
+    kl_warmup_epochs: int = 10
     logdet_weight: float = 0.05
     prior: float | None = None
     evidence: Literal["softplus", "exp", "relu"] = "softplus"
@@ -273,8 +277,8 @@ class EvidentialClassifier(_Evidential, Classifier):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_choice(self, "loss", LOSSES)
-        check_number(self, "kl_weight", at_least=0, below=math.inf)
-        check_number(self, "kl_anneal_epochs", at_least=0, integer=True)
+        check_number(self, "dirichlet_kl_weight", at_least=0, below=math.inf)
+        check_number(self, "kl_warmup_epochs", at_least=0, integer=True)
         check_number(self, "logdet_weight", at_least=0, below=math.inf)
         check_number(self, "prior", above=0, below=math.inf, optional=True)
         check_choice(self, "evidence", tuple(EVIDENCE))
@@ -292,8 +296,8 @@ class EvidentialClassifier(_Evidential, Classifier):
         self, network: nn.Module, head: nn.Module, n_batches: int
     ) -> _EvidentialObjective:
         objective = _DirichletObjective(network, head, n_batches)
-        objective.kl_weight = self.kl_weight
-        objective.kl_anneal_epochs = self.kl_anneal_epochs
+        objective.dirichlet_kl_weight = self.dirichlet_kl_weight
+        objective.kl_warmup_epochs = self.kl_warmup_epochs
         return objective
 
 

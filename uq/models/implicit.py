@@ -21,7 +21,7 @@ from torch import Tensor
 from uq.errors import ParameterError
 from uq.inference.implicit_vi import (
     BOUNDS,
-    SMALLEST_SIGMA,
+    SMALLEST_NOISE,
     Bound,
     ImplicitPosterior,
     ImplicitWeights,
@@ -87,7 +87,7 @@ class _ImplicitObjective(Objective):
     def forward(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Expected negative log likelihood of the batch, plus the weighted KL over N."""
         position = min(int(self.step), len(self.sigmas) - 1)
-        self.q.sigma.copy_(self.sigmas[position])
+        self.q.weight_noise.copy_(self.sigmas[position])
         self.step += 1
         beta = kl_warmup(int(self.step), *self.warmup)
         draw = self.q.draw(self.mc_samples)
@@ -113,9 +113,9 @@ class _Implicit(Estimator):
     patience: int | Literal["auto"] | None = "auto"
     prior_scale: float = 1.0
     noise_dim: int = 64
-    width: int | None = None
-    sigma: float = 0.01
-    initial_sigma: float | None = None
+    generator_width: int | None = None
+    weight_noise: float = 0.01
+    init_weight_noise: float | None = None
     init_std: float = 0.05
     bound: Literal["auto", "exact", "smallest"] = "auto"
     sv_iterations: int = 12
@@ -128,9 +128,9 @@ class _Implicit(Estimator):
         super()._check_parameters()
         check_number(self, "prior_scale", above=0)
         check_number(self, "noise_dim", at_least=1, integer=True)
-        check_number(self, "width", at_least=1, integer=True, optional=True)
-        check_number(self, "sigma", at_least=SMALLEST_SIGMA, below=0.5)
-        check_number(self, "initial_sigma", at_least=SMALLEST_SIGMA, below=0.5, optional=True)
+        check_number(self, "generator_width", at_least=1, integer=True, optional=True)
+        check_number(self, "weight_noise", at_least=SMALLEST_NOISE, below=0.5)
+        check_number(self, "init_weight_noise", at_least=SMALLEST_NOISE, below=0.5, optional=True)
         check_number(self, "init_std", above=0)
         check_choice(self, "bound", ("auto", *BOUNDS))
         check_number(self, "sv_iterations", at_least=1, integer=True)
@@ -152,8 +152,8 @@ class _Implicit(Estimator):
 
     def _posterior(self, network: Network, seed: int) -> ImplicitPosterior:
         layout = WeightLayout(network)
-        generator = MatrixGenerator.for_layout(layout, self.noise_dim, self.width)
-        return ImplicitPosterior(network, generator.to(self._dtype), self.sigma, seed)
+        generator = MatrixGenerator.for_layout(layout, self.noise_dim, self.generator_width)
+        return ImplicitPosterior(network, generator.to(self._dtype), self.weight_noise, seed)
 
     def _build_posterior(self) -> ImplicitPosterior:
         return self._posterior(self._network(), 0)
@@ -174,7 +174,7 @@ class _Implicit(Estimator):
             self.entropy_weight,
             (n_steps, self.kl_warmup),
             bound=self._bound(q.generator.n_weights),
-            iterations=self.sv_iterations,
+            sv_iterations=self.sv_iterations,
             probes=_PROBES,
         )
         optimizer = torch.optim.Adam(q.generator.parameters(), self.lr, fused=True)
@@ -188,11 +188,11 @@ class _Implicit(Estimator):
         return posterior, result
 
     def _sigmas(self, n_steps: int) -> Tensor:
-        """σ at each step: from ``initial_sigma`` to ``sigma`` in the first half, then constant."""
-        first = self.sigma if self.initial_sigma is None else self.initial_sigma
+        """σ at each step: geometric to ``weight_noise`` in the first half, then constant."""
+        first = self.weight_noise if self.init_weight_noise is None else self.init_weight_noise
         steps = max(1, n_steps // 2)
         fraction = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        return first * (self.sigma / first) ** fraction
+        return first * (self.weight_noise / first) ** fraction
 
     def weight_correlation(self, n: int = 2048) -> pd.DataFrame:
         """Root mean square correlation between the weights of any two layers.
@@ -226,14 +226,14 @@ prior_scale : float, default=1.0
     noise_dim : int, default=64
         Dimension d of the generator's noise; more of it is a richer posterior, at a cost of d² and
         more per step.
-    width : int, optional
+    generator_width : int, optional
         Side of the generator's layers; by default 2 (weights)^(1/3), within 16 and 512.
-    sigma : float, default=0.01
+    weight_noise : float, default=0.01
         Standard deviation of the noise on every weight: the posterior's width in directions that
         the generator does not move.
-    initial_sigma : float, optional
-        σ at the start of training, if another; it runs geometrically to ``sigma`` in the first
-        half.
+    init_weight_noise : float, optional
+        The same at the start of training, if another; it runs geometrically to ``weight_noise`` in
+        the first half.
     init_std : float, default=0.05
         Standard deviation of the weights at the start.
     bound : {"auto", "exact", "smallest"}, default="auto"

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import field
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -193,7 +194,7 @@ class _MaskedBNN(ChainDiagnostics, PointEstimator):
             weight,
             self.prior,
             self.prior_scale,
-            (1.0, getattr(self, "noise_prior", 0.0)),
+            getattr(self, "noise_prior", (1.0, 0.01)),  # a classifier has no noise
         )
         state = self._first_state(model, networks, generator)
         return sample_masked(
@@ -411,9 +412,9 @@ class MaskedBNNRegressor(_MaskedBNN, Regressor):
     ----------
     {shared}
     {masked}
-    noise_prior : float, default=0.01
-        b of the prior σ² ~ InvGamma(1, b) on the noise variance of each target, in squared units of
-        the standardised target: noise around a tenth of its standard deviation.
+    noise_prior : tuple of float, default=(1.0, 0.01)
+        a and b of the prior σ² ~ InvGamma(a, b) on the noise variance of each target, in squared
+        units of the standardised target: noise around a tenth of its standard deviation.
     {tail}
 
     Attributes
@@ -436,11 +437,20 @@ class MaskedBNNRegressor(_MaskedBNN, Regressor):
     True
     """
 
-    noise_prior: float = 0.01
+    noise_prior: tuple[float, float] = (1.0, 0.01)
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        check_number(self, "noise_prior", above=0)
+        pair: Any = self.noise_prior
+        if not (
+            isinstance(pair, tuple | list)
+            and len(pair) == 2
+            and all(isinstance(v, Real) and 0 < float(v) < math.inf for v in pair)
+        ):
+            raise ParameterError(
+                f"{type(self).__name__}: noise_prior must be a pair of numbers > 0, such as "
+                f"(1.0, 0.01), got {pair!r}."
+            )
 
 
 for _cls in (MaskedBNNClassifier, MaskedBNNRegressor):

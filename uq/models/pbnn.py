@@ -49,7 +49,7 @@ class _PartialBNN(Estimator):
     n_particles: int = 1000
     move: str = "ou"
     move_var: float = 0.01
-    move_steps: int = 10
+    n_move_steps: int = 10
     prior_scale: float = 1.0
     ess_threshold: float | None = None
     resampling: str = "stratified"
@@ -68,7 +68,7 @@ class _PartialBNN(Estimator):
         check_number(self, "n_particles", at_least=1, integer=True)
         check_choice(self, "move", MOVES)
         check_number(self, "move_var", above=0)
-        check_number(self, "move_steps", at_least=1, integer=True)
+        check_number(self, "n_move_steps", at_least=1, integer=True)
         check_number(self, "prior_scale", above=0)
         check_number(self, "ess_threshold", above=0, optional=True)
         check_choice(self, "resampling", SCHEMES)
@@ -142,7 +142,7 @@ class _PartialBNN(Estimator):
         n_rows = getattr(data.batches, "n_rows", data.n_effective)
         shared: dict[str, Any] = {
             "generator": generator,
-            "move_steps": self.move_steps,
+            "n_move_steps": self.n_move_steps,
             "prior_scale": self.prior_scale,
             "resampling": self.resampling,
             "gradient": self.gradient,
@@ -236,7 +236,7 @@ stochastic : str, sequence of str or callable, default="penultimate"
         Variance (for "langevin" length, for "adaptive_rw" factor) of a move. It sets the cloud's
         spread, and so the epistemic uncertainty, more than the number of rows does: worth a search
         over 0.001, 0.01, 0.1.
-    move_steps : int, default=10
+    n_move_steps : int, default=10
         Metropolis steps of "mh" and of "sgsmc".
     prior_scale : float, default=1.0
         Standard deviation of the Gaussian prior on the stochastic weights.

@@ -78,7 +78,7 @@ class SDMClassifier(Classifier):
         enters its last linear layer.
     alpha : float, default=0.95
         Accuracy of the high-reliability region given each class, in (0.5, 1].
-    n_exemplar : int, default=64
+    exemplar_dim : int, default=64
         Width of the exemplars, in which distances are taken. The paper takes 1,000, for embeddings
         of thousands of features.
     n_rounds : int, default=1
@@ -144,7 +144,7 @@ class SDMClassifier(Classifier):
     _: KW_ONLY
     layer: str | None = None
     alpha: float = 0.95
-    n_exemplar: int = 64
+    exemplar_dim: int = 64
     n_rounds: int = 1
     hidden: Any = ()
     lr: float = 3e-3
@@ -162,7 +162,7 @@ class SDMClassifier(Classifier):
         super()._check_parameters()
         name = type(self).__name__
         check_alpha(name, self.alpha)
-        check_number(self, "n_exemplar", at_least=1, integer=True)
+        check_number(self, "exemplar_dim", at_least=1, integer=True)
         check_number(self, "n_rounds", at_least=1, integer=True)
         if self.layer is not None and not isinstance(self.layer, str):
             raise ParameterError(f"{name}: layer must be a name or None, got {self.layer!r}.")
@@ -343,7 +343,7 @@ class SDMClassifier(Classifier):
         return width, probe_outputs(self._body(None), self._example()).shape[1]
 
     def _make_posterior(self, frozen: nn.Module, seed: int = 0) -> SDMPosterior:
-        head = ExemplarAdaptor(self.widths_[1], self.n_exemplar, len(self.classes_))
+        head = ExemplarAdaptor(self.widths_[1], self.exemplar_dim, len(self.classes_))
         body, head = self._own_body(), head.to(self._dtype)
         return SDMPosterior(frozen, body, head, self.n_support_, self.n_calibration_, seed)
 

@@ -88,7 +88,7 @@ class ETPHead(DirichletHead):
         γ, what a cell keeps of itself in a step.
     memory_noise : float, default=0.1
         κ, standard deviation of the noise under which the memory is read in training.
-    kl_weight : float, default=1e-3
+    dirichlet_kl_weight : float, default=1e-3
         τ, weight of the divergence from the prior; the evidence for a class is at most about 1/τ.
 
     Notes
@@ -122,19 +122,22 @@ class ETPHead(DirichletHead):
         *,
         memory_decay: float = 0.99,
         memory_noise: float = 0.1,
-        kl_weight: float = 1e-3,
+        dirichlet_kl_weight: float = 1e-3,
     ) -> None:
         if memory_size < 1:
             raise ParameterError(f"memory_size must be >= 1, got {memory_size!r}.")
         if not 0 <= memory_decay < 1:
             raise ParameterError(f"memory_decay must be in [0, 1), got {memory_decay!r}.")
-        for name, value in (("memory_noise", memory_noise), ("kl_weight", kl_weight)):
+        for name, value in (
+            ("memory_noise", memory_noise),
+            ("dirichlet_kl_weight", dirichlet_kl_weight),
+        ):
             if not 0 <= value < math.inf:
                 raise ParameterError(f"{name} must be >= 0 and finite, got {value!r}.")
         super().__init__(n_classes, "edl_ce", evidence="exp", prior=math.exp(-_MAX_LOGIT))
         self.memory_decay = memory_decay
         self.memory_noise = memory_noise
-        self.kl_weight = kl_weight
+        self.dirichlet_kl_weight = dirichlet_kl_weight
         self.key: nn.Parameter = nn.Parameter(torch.eye(n_classes))
         self.fusion: nn.Parameter = nn.Parameter(torch.eye(n_classes, 2 * n_classes))
         self.fusion_bias: nn.Parameter = nn.Parameter(torch.zeros(n_classes))
@@ -163,8 +166,8 @@ class ETPHead(DirichletHead):
         # The rounding of exp(−15) must not fall below the prior.
         return self.log_concentrations(outputs, self.memory)[0].exp().clamp_min(self.prior)
 
-    def loss(self, outputs: Tensor, y: Tensor, kl_weight: float | None = None) -> Tensor:
-        """Loss of each row, in nats; ``kl_weight`` is τ, by default the head's.
+    def loss(self, outputs: Tensor, y: Tensor, dirichlet_kl_weight: float | None = None) -> Tensor:
+        """Loss of each row, in nats; ``dirichlet_kl_weight`` is τ, by default the head's.
 
         In float32 also under autocast; the gamma functions in float64, as they nearly cancel.
         """
@@ -175,7 +178,9 @@ class ETPHead(DirichletHead):
             alpha, beta = f.double().exp(), a.double().exp()
             expected_log = _expected_log(alpha)
             rows = -expected_log.gather(1, y[:, None]).squeeze(1)
-            weight = self.kl_weight if kl_weight is None else kl_weight
+            weight = (
+                self.dirichlet_kl_weight if dirichlet_kl_weight is None else dirichlet_kl_weight
+            )
             return (rows + weight * _kl(alpha, beta, expected_log)).to(outputs.dtype)
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def evidential_loss(
     loss: str = "iedl",
     *,
     prior: float | None = None,
-    kl_weight: float = 1.0,
+    dirichlet_kl_weight: float = 1.0,
     logdet_weight: float = 0.05,
     validate_args: bool = True,
 ) -> Tensor:
@@ -84,7 +84,7 @@ def evidential_loss(
     prior : float, optional
         Concentration of a class without evidence; by default that of the paper, 0.1 for "redl" and
         1 for the others.
-    kl_weight : float, default=1.0
+    dirichlet_kl_weight : float, default=1.0
         λ, weight of the divergence from the prior; the papers let it grow from 0 to 1 in 10 epochs.
     logdet_weight : float, default=0.05
         λ₁ of "iedl"; the authors take 0.005 on MNIST and 0.05 on CIFAR-10.
@@ -119,25 +119,27 @@ def evidential_loss(
     >>> import torch
     >>> from uq.nn import evidential_loss
     >>> evidence = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
-    >>> evidential_loss(evidence, torch.tensor([1]), "edl", kl_weight=0.0)
+    >>> evidential_loss(evidence, torch.tensor([1]), "edl", dirichlet_kl_weight=0.0)
     tensor([1.], grad_fn=<_DirichletLossBackward>)
     """
     if loss not in LOSSES:
         raise ParameterError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
     prior = default_prior(loss) if prior is None else prior
-    _check_numbers(prior, kl_weight, logdet_weight)
+    _check_numbers(prior, dirichlet_kl_weight, logdet_weight)
     if validate_args:
         _check(evidence, y)
     if evidence.dtype != torch.float64:
         evidence = evidence.float()
-    rows: Tensor = _DirichletLoss.apply(evidence, y, loss, prior, kl_weight, logdet_weight)
+    rows: Tensor = _DirichletLoss.apply(
+        evidence, y, loss, prior, dirichlet_kl_weight, logdet_weight
+    )
     return rows
 
 
-def _check_numbers(prior: float, kl_weight: float, logdet_weight: float) -> None:
+def _check_numbers(prior: float, dirichlet_kl_weight: float, logdet_weight: float) -> None:
     for name, value, least in (
         ("prior", prior, math.ulp(0.0)),
-        ("kl_weight", kl_weight, 0.0),
+        ("dirichlet_kl_weight", dirichlet_kl_weight, 0.0),
         ("logdet_weight", logdet_weight, 0.0),
     ):
         if not least <= value < math.inf:
@@ -205,7 +207,7 @@ class _DirichletLoss(torch.autograd.Function):
         y: Tensor,
         loss: str,
         prior: float,
-        kl_weight: float,
+        dirichlet_kl_weight: float,
         logdet_weight: float,
     ) -> Tensor:
         kernel = _kernel()
@@ -214,7 +216,7 @@ class _DirichletLoss(torch.autograd.Function):
             evidence, y = evidence.contiguous(), y.long().contiguous()
             rows, grad = evidence.new_empty(len(evidence)), torch.empty_like(evidence)
             arrays = evidence.numpy(), y.numpy(), _coefficients(prior)
-            weights = float(prior), float(kl_weight), float(logdet_weight)
+            weights = float(prior), float(dirichlet_kl_weight), float(logdet_weight)
             kernel(*arrays, LOSSES.index(loss), *weights, rows.numpy(), grad.numpy())
             ctx.grad = grad
             return rows
@@ -260,7 +262,7 @@ class _DirichletLoss(torch.autograd.Function):
             grad *= inverse[:, None]
         if loss == "iedl":
             corner.addcmul_(fall_y, gap_y, value=-1)
-            grad.add_(wrong, alpha=kl_weight).mul_(psi1).add_(fall, alpha=logdet_weight)
+            grad.add_(wrong, alpha=dirichlet_kl_weight).mul_(psi1).add_(fall, alpha=logdet_weight)
             gap = g_s - g_sum
             log_det = gap.log().add_(log_psi1_sum).add_(log_psi1_s)
             rows.add_(log_det, alpha=-logdet_weight)
@@ -268,17 +270,17 @@ class _DirichletLoss(torch.autograd.Function):
             shift.add_(fall_s, alpha=logdet_weight).addcmul_(slope_s, pull, value=-1)
             grad += g_slope * pull[:, None]
         else:
-            grad.addcmul_(wrong, psi1, value=kl_weight)
+            grad.addcmul_(wrong, psi1, value=dirichlet_kl_weight)
 
         # KL(Dir(α̃) ‖ Dir(prior · 1)): with h = q + α it is Σ h(α̃_k) − h(S̃)
         # + prior (K − 1) ψ(S̃) + constants, in which the α cancel.
         divergence = torch.digamma(wrong_total[0]).mul_(prior * (k - 1))
         divergence.add_(q_sum).sub_(q_y).sub_(wrong_total[4])
         constant = (k - 1) * math.lgamma(prior) - math.lgamma(k * prior) - prior
-        rows.add_(divergence, alpha=kl_weight).add_(kl_weight * constant)
+        rows.add_(divergence, alpha=dirichlet_kl_weight).add_(dirichlet_kl_weight * constant)
         back = wrong_sum.mul_(wrong_total[1])
-        shift.sub_(back, alpha=kl_weight)
-        corner.add_(back, alpha=kl_weight)
+        shift.sub_(back, alpha=dirichlet_kl_weight)
+        corner.add_(back, alpha=dirichlet_kl_weight)
         grad += shift[:, None]
         grad.scatter_add_(1, at_y, corner[:, None])
         ctx.grad = grad
@@ -333,7 +335,7 @@ class DirichletHead(nn.Module):
     >>> from uq.nn import DirichletHead
     >>> head = DirichletHead(3, loss="edl")
     >>> outputs = torch.randn(5, 3, requires_grad=True)  # of any network
-    >>> head.loss(outputs, torch.tensor([0, 1, 2, 0, 1]), kl_weight=0.1).mean().backward()
+    >>> head.loss(outputs, torch.tensor([0, 1, 2, 0, 1]), dirichlet_kl_weight=0.1).mean().backward()
     >>> head.predictive(outputs.detach()).vacuity.shape
     torch.Size([5])
     """
@@ -365,11 +367,11 @@ class DirichletHead(nn.Module):
         """Concentrations α of each row, shape (n, n_classes)."""
         return self.evidence(outputs) + self.prior
 
-    def loss(self, outputs: Tensor, y: Tensor, kl_weight: float = 1.0) -> Tensor:
-        """Loss of each row; ``kl_weight`` is λ. In float32 also under autocast."""
+    def loss(self, outputs: Tensor, y: Tensor, dirichlet_kl_weight: float = 1.0) -> Tensor:
+        """Loss of each row; ``dirichlet_kl_weight`` is λ. In float32 also under autocast."""
         evidence = self.evidence(outputs if outputs.dtype == torch.float64 else outputs.float())
         rows: Tensor = _DirichletLoss.apply(
-            evidence, y, self.loss_name, self.prior, kl_weight, self.logdet_weight
+            evidence, y, self.loss_name, self.prior, dirichlet_kl_weight, self.logdet_weight
         )
         return rows
 

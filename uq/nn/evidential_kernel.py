@@ -60,7 +60,7 @@ def dirichlet_rows(
     coefficients: NDArray[np.float32],
     loss: int,
     prior: float,
-    kl_weight: float,
+    dirichlet_kl_weight: float,
     logdet_weight: float,
     rows: NDArray[np.float32],
     grad: NDArray[np.float32],
@@ -77,7 +77,7 @@ def dirichlet_rows(
         Of dg/dx, g and r + (1 − prior) E; see :mod:`uq.nn.evidential_functions`.
     loss : int
         Position in :data:`uq.nn.evidential.LOSSES`.
-    prior, kl_weight, logdet_weight : float
+    prior, dirichlet_kl_weight, logdet_weight : float
         As in :func:`uq.nn.evidential_loss`.
     rows, grad : ndarray of shape (n,), (n, n_classes)
         Filled.
@@ -158,13 +158,17 @@ def dirichlet_rows(
         t_y = 1 / a_y
         q = float(sum_r) - _horner(c_r, t_y) - _horner(c_r, t_wrong)
         q += of_log * (log_psi_sum - math.log(psi_y) - math.log(psi_wrong))
-        value += kl_weight * (q + prior * (k - 1) * _digamma(s_wrong) + constant)
-        back = kl_weight * float(wrong_sum) * psi_wrong
+        value += dirichlet_kl_weight * (q + prior * (k - 1) * _digamma(s_wrong) + constant)
+        back = dirichlet_kl_weight * float(wrong_sum) * psi_wrong
         shift -= back
-        corner += back - kl_weight * float(e[label]) * psi_y
+        corner += back - dirichlet_kl_weight * float(e[label]) * psi_y
         rows[i] = value
         scale32, shift32 = np.float32(scale), np.float32(shift)
-        kl32, logdet32, pull32 = np.float32(kl_weight), np.float32(logdet_weight), np.float32(pull)
+        kl32, logdet32, pull32 = (
+            np.float32(dirichlet_kl_weight),
+            np.float32(logdet_weight),
+            np.float32(pull),
+        )
         two = np.float32(2)
         if iedl:
             for j in range(k):

@@ -125,7 +125,7 @@ class ExemplarAdaptor(nn.Module):
     ----------
     n_features : int
         Width of the features.
-    n_exemplar : int
+    exemplar_dim : int
         Width of the exemplars.
     n_classes : int
         Number of logits.
@@ -134,7 +134,7 @@ class ExemplarAdaptor(nn.Module):
     --------
     >>> import torch
     >>> from uq.nn import ExemplarAdaptor
-    >>> adaptor = ExemplarAdaptor(n_features=32, n_exemplar=8, n_classes=3)
+    >>> adaptor = ExemplarAdaptor(n_features=32, exemplar_dim=8, n_classes=3)
     >>> features = torch.randn(10, 32)
     >>> adaptor.normalise(features)  # once, with those of the training rows
     >>> exemplars, logits = adaptor(features)
@@ -145,12 +145,12 @@ class ExemplarAdaptor(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, n_features: int, n_exemplar: int, n_classes: int) -> None:
+    def __init__(self, n_features: int, exemplar_dim: int, n_classes: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
-        self.exemplar: nn.Linear = nn.Linear(n_features, n_exemplar)
-        self.classify: nn.Linear = nn.Linear(n_exemplar, n_classes)
+        self.exemplar: nn.Linear = nn.Linear(n_features, exemplar_dim)
+        self.classify: nn.Linear = nn.Linear(exemplar_dim, n_classes)
 
     @torch.no_grad()
     def normalise(self, features: Tensor) -> None:
@@ -161,7 +161,7 @@ class ExemplarAdaptor(nn.Module):
         self.scale.copy_(spread if spread > 0 else torch.ones(()))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features (n, n_features) to exemplars (n, n_exemplar) and logits (n, n_classes)."""
+        """Map features (n, n_features) to exemplars (n, exemplar_dim) and logits (n, n_classes)."""
         exemplars: Tensor = self.exemplar((features - self.mean) / self.scale)
         return exemplars, self.classify(exemplars)
 
