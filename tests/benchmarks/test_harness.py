@@ -183,6 +183,7 @@ def test_a_crash_is_a_row_and_a_stop_is_none(monkeypatch):
     assert run_task("toys", task) is None
 
 
+@pytest.mark.slow
 def test_a_task_in_a_process_of_its_own():
     row = run_task("toys", Task("toys", "linear", 0, "GP"))
     assert "error" not in row
