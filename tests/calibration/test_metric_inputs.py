@@ -208,6 +208,22 @@ def test_bad_input_of_targets_is_named(name, y, d, message):
         TARGETS[name](y, d)
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_single_column_is_taken_row_by_row(name):
+    """Shapes (n, 1) and (n,) are the same n rows, never n x n pairs."""
+    rng = np.random.default_rng(0)
+    y, mean, scale = rng.normal(size=(3, 12))
+    scale = 1 + scale**2
+    flat, column = normal(mean, scale), normal(mean[:, None], scale[:, None])
+
+    def value(y, d):
+        return np.hstack([np.ravel(part) for part in np.atleast_1d(TARGETS[name](y, d))])
+
+    expected = value(y, flat)
+    for t, d in ((y, column), (y[:, None], flat), (y[:, None], column)):
+        np.testing.assert_array_equal(value(t, d), expected)
+
+
 @pytest.mark.parametrize("name", sorted(TARGETS.keys() - BOTH))
 @pytest.mark.parametrize(
     "d", [np.zeros(2), "x", None, CategoricalMixture(torch.zeros(1, 2, 3))], ids=type

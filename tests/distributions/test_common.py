@@ -186,6 +186,20 @@ def test_outcomes_may_be_arrays_and_must_fit_the_rows(name, method):
         getattr(dist, method)(["low"] * 5)
 
 
+@pytest.mark.parametrize("method", ["log_prob", "cdf", "crps"])
+def test_outcomes_without_the_axis_of_a_single_output_are_refused(method):
+    """Broadcasting would pair each of them with each row."""
+    dist, y = normal(torch.float64, (5, 1)), torch.linspace(-1, 1, 5).double()
+    with pytest.raises(DataError, match=r"value has shape \(5,\), expected \(5, 1\); add the axis"):
+        getattr(dist, method)(y)
+    expected = getattr(normal(torch.float64, (5,)), method)(y)
+    torch.testing.assert_close(getattr(dist, method)(y[:, None]), expected[:, None])
+    torch.testing.assert_close(getattr(dist.output(0), method)(y), expected)
+    if method != "crps":  # one value for all rows, and several for each
+        assert getattr(dist, method)(y[:1]).shape == (5, 1)
+        assert getattr(dist, method)(y[:3, None, None]).shape == (3, 5, 1)
+
+
 def test_class_positions_must_fit_the_rows():
     with pytest.raises(DataError, match=r"log_prob: value has shape \(3,\), expected \(5,\)"):
         categorical(torch.float64, (5,)).log_prob(torch.zeros(3))

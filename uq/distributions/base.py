@@ -104,6 +104,12 @@ class Predictive(TorchDistribution):
 
     def _check_shape(self, where: str, value: Tensor) -> None:
         shape = self.batch_shape + self.event_shape
+        # Outcomes without the axis of their single output would be paired with every row.
+        if len(shape) == 2 and shape[1] == 1 < shape[0] and value.shape == shape[:1]:
+            raise DataError(
+                f"{where}: value has shape {tuple(value.shape)}, expected {tuple(shape)}; add the "
+                "axis of the output (value[:, None]), or take output(0) of the distribution."
+            )
         try:
             torch.broadcast_shapes(value.shape, shape)
         except RuntimeError as error:
