@@ -745,6 +745,45 @@ def test_draws_of_the_target_have_quantiles_but_no_density():
         ConformalIntervals("normalized").fit(still, y)
 
 
+@pytest.mark.parametrize("conformal", REAL + SETS, ids=name)
+@pytest.mark.parametrize("k", [1, 3])
+def test_another_coverage_is_that_of_a_new_fit(conformal, k):
+    """The score of "quantile" alone is of one coverage; the others are only ranked anew."""
+    sets = isinstance(conformal, ConformalSets)
+    if k > 1 and conformal.score == "density":
+        pytest.skip("no cross-conformal form")
+    dist, y = (class_rows if sets else real_rows)(3, 60)
+    held_out = (dist, y) if k == 1 else folds_of(dist, y, k)
+    new = dist if k == 1 else [dist] * k
+    fitted = clone(conformal).fit(*held_out)
+    calls = ["predict_set"] if sets else ["interval", "region"]
+    for call in calls:
+        ask = getattr(fitted, call)
+        np.testing.assert_array_equal(np.asarray(ask(new, 0.9)), np.asarray(ask(new)))
+        if conformal.score == "quantile":
+            with pytest.raises(ParameterError, match="fit with that coverage, or with"):
+                ask(new, 0.6)
+            continue
+        again = getattr(clone(conformal).set_params(coverage=0.6).fit(*held_out), call)
+        for found, expected in zip(ask(new, coverage=0.6), again(new), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        assert any(
+            np.shape(a) != np.shape(b) or (np.asarray(a) != b).any()
+            for a, b in zip(ask(new, 0.6), ask(new), strict=True)
+        )
+        with pytest.raises(ParameterError, match=r"coverage must lie in \(0, 1\), got 60"):
+            ask(new, 60)
+        with pytest.warns(UserWarning, match="coverage 0.999 needs at least .* rows, got 60"):
+            ask(new, 0.999)
+
+
+def test_class_conditional_sets_are_of_one_coverage():
+    dist, y = class_rows(0, 60)
+    fitted = ConformalSets(class_conditional=True, coverage=0.6).fit(dist, y)
+    with pytest.raises(ParameterError, match=r"for coverage 0\.6, got coverage=0\.7; fit with"):
+        fitted.predict_set(dist, 0.7)
+
+
 # -- too few rows and bad input ------------------------------------------------------------------
 
 

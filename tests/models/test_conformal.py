@@ -158,6 +158,24 @@ def test_the_rest_is_that_of_the_estimator():
     assert not hasattr(uq.Conformal(regressor()), "predict_proba")
 
 
+def test_another_coverage(tmp_path):
+    """Of the rows held out in ``fit``, which the file holds, too."""
+    X, y = real_rows(60)
+    model = uq.Conformal(regressor(), "normalized").fit(X, y)
+    expected = uq.Conformal(regressor(), "normalized", coverage=0.6).fit(X, y).predict_interval(X)
+    model.save(tmp_path / "model.uq")
+    for one in (model, uq.load(tmp_path / "model.uq")):
+        np.testing.assert_array_equal(one.predict_interval(X, 0.6), expected)
+        ends = np.array(one.predict_region(X, coverage=0.6))[:, 0].T
+        np.testing.assert_array_equal(ends, expected)
+    with pytest.raises(ParameterError, match="fit with that coverage, or with 'normalized'"):
+        uq.Conformal(regressor()).fit(X, y).predict_interval(X, coverage=0.6)
+    X, y = class_rows(120)
+    model = uq.Conformal(classifier(), "aps").fit(X, y)
+    expected = uq.Conformal(classifier(), "aps", coverage=0.6).fit(X, y).predict_set(X)
+    np.testing.assert_array_equal(model.predict_set(X, coverage=0.6), expected)
+
+
 def test_auto_and_objects():
     X, y = real_rows(60)
     assert uq.Conformal(regressor()).fit(X, y).conformal_.score == "quantile"

@@ -62,7 +62,7 @@ def rows_needed(level: float) -> int:
 
 def warn_too_few(message: str) -> None:
     """Say that regions are of no use, from where ``fit`` was called."""
-    warnings.warn(message, UserWarning, stacklevel=3)
+    warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def pair_folds(where: str, dist: Any, y: Any) -> list[tuple[Any, Any]]:

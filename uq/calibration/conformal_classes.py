@@ -218,9 +218,7 @@ class ConformalSets(BaseEstimator):
         if self.class_conditional:
             self.threshold_ = self._class_thresholds(scores[0], rows[0].y)
         else:
-            self._warn_if_too_few(sum(map(len, scores)))
-            threshold = kth_score(np.concatenate(scores), self.coverage)
-            self.threshold_ = np.full(len(classes), threshold)
+            self.threshold_ = self._threshold(where, scores, self.coverage)
         self.scores_ = [np.sort(s) for s in scores]
         return self
 
@@ -263,13 +261,16 @@ class ConformalSets(BaseEstimator):
             )
         return np.array([float(kth_score(group, self.coverage)) for group in groups])
 
-    def _warn_if_too_few(self, n: int) -> None:
-        if rank(n, self.coverage) > n:
+    def _threshold(self, where: str, scores: list[Floats], coverage: float) -> Floats:
+        """Threshold for ``coverage``, with a warning if there are too few rows for it."""
+        n = sum(map(len, scores))
+        if rank(n, coverage) > n:
             warn_too_few(
-                f"ConformalSets.fit: coverage {self.coverage:g} needs at least "
-                f"{rows_needed(self.coverage)} held-out rows, got {n}, so that all sets will hold "
-                "all classes; hold out more rows or lower the coverage."
+                f"{where}: coverage {coverage:g} needs at least {rows_needed(coverage)} held-out "
+                f"rows, got {n}, so that all sets will hold all classes; hold out more rows or "
+                "lower the coverage."
             )
+        return np.full(len(self.classes_), kth_score(np.concatenate(scores), coverage))
 
     # -- scores ----------------------------------------------------------------------------
 
@@ -300,7 +301,11 @@ class ConformalSets(BaseEstimator):
 
     # -- predict ---------------------------------------------------------------------------
 
-    def predict_set(self, dist: ClassPredictive | Sequence[ClassPredictive]) -> NDArray[np.bool_]:
+    def predict_set(
+        self,
+        dist: ClassPredictive | Sequence[ClassPredictive],
+        coverage: float | None = None,
+    ) -> NDArray[np.bool_]:
         """Return which classes are in the set of each row.
 
         Parameters
@@ -308,6 +313,9 @@ class ConformalSets(BaseEstimator):
         dist : ClassPredictive, or list of them
             Predictive distribution of new rows; a list, from the model of each fold, if ``fit`` was
             given one.
+        coverage : float, optional
+            Another coverage than that of ``fit``, of the same held-out scores. Not with
+            ``class_conditional``, whose scores are kept of all classes together.
 
         Returns
         -------
@@ -318,9 +326,12 @@ class ConformalSets(BaseEstimator):
         ------
         DataError
             If ``dist`` has other classes than were fitted, or NaN.
+        ParameterError
+            If ``coverage`` is not in (0, 1), or another one with ``class_conditional``.
         """
         check_is_fitted(self)
         where = "ConformalSets.predict_set"
+        coverage, threshold = self._asked(where, coverage)
         dists = match_folds(where, dist, len(self.scores_))
         for d in dists:
             _check_class_predictive(where, d)
@@ -339,20 +350,32 @@ class ConformalSets(BaseEstimator):
                 check_finite_rows(f"{where}: dist.probs", p.sum(1))
         sets = np.empty(probs[0].shape, dtype=bool)
         for part in _chunks(probs[0]):
-            sets[part] = self._in_set([p[part] for p in probs])
+            sets[part] = self._in_set([p[part] for p in probs], coverage, threshold)
             if not self.allow_empty:
                 total = np.sum([p[part] for p in probs], axis=0)
                 top = total == total.max(1, keepdims=True)
                 sets[part] |= top & ~sets[part].any(1, keepdims=True)
         return sets
 
-    def _in_set(self, probs: list[Floats]) -> NDArray[np.bool_]:
+    def _asked(self, where: str, coverage: float | None) -> tuple[float, Floats]:
+        """Coverage asked for, and the threshold of each class."""
+        if coverage is None or coverage == self.coverage:
+            return self.coverage, self.threshold_
+        check_coverage(where, coverage)
+        if self.class_conditional:
+            raise ParameterError(
+                f"{where}: class-conditional sets were fitted for coverage {self.coverage:g}, got "
+                f"coverage={coverage:g}; fit with that coverage."
+            )
+        return coverage, self._threshold(where, self.scores_, coverage)
+
+    def _in_set(self, probs: list[Floats], coverage: float, threshold: Floats) -> NDArray[np.bool_]:
         if len(probs) == 1:
-            return self._scores(probs[0]) <= self.threshold_
+            return self._scores(probs[0]) <= threshold
         below = np.zeros(probs[0].shape, dtype=np.int64)
         for scores, p in zip(self.scores_, probs, strict=True):
             below += np.searchsorted(scores, self._scores(p))
-        return below < rank(sum(map(len, self.scores_)), self.coverage)
+        return below < rank(sum(map(len, self.scores_)), coverage)
 
 
 def _last_of_tie(sorted_p: Floats) -> NDArray[np.int64]:

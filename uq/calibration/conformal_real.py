@@ -174,22 +174,25 @@ class ConformalIntervals(BaseEstimator):
         scores = [self._scores(RegressionRows(t, d, Names(where, "y", "dist"))) for d, t in folds]
         if len({s.shape[2] for s in scores}) > 1:
             raise DataError(f"{where}: all folds must have the same number of outputs.")
-        n = sum(s.shape[1] for s in scores)
-        if rank(n, self._level) > n:
-            warn_too_few(
-                f"{where}: coverage {self.coverage:g} needs at least {rows_needed(self._level)} "
-                f"held-out rows, got {n}, so that all intervals will be the whole line; hold out "
-                "more rows or lower the coverage."
-            )
-        threshold = kth_score(np.concatenate(scores, 1).swapaxes(0, 1), self._level)
-        self.threshold_ = threshold[0] if self.symmetric else threshold
+        self.threshold_ = self._threshold(where, scores, self.coverage)
         self.scores_ = scores
         return self
 
-    @property
-    def _level(self) -> float:
+    def _threshold(self, where: str, scores: list[Floats], coverage: float) -> Floats:
+        """Threshold for ``coverage``, with a warning if there are too few rows for it."""
+        n, level = sum(s.shape[1] for s in scores), self._level(coverage)
+        if rank(n, level) > n:
+            warn_too_few(
+                f"{where}: coverage {coverage:g} needs at least {rows_needed(level)} held-out "
+                f"rows, got {n}, so that all intervals will be the whole line; hold out more rows "
+                "or lower the coverage."
+            )
+        threshold = kth_score(np.concatenate(scores, 1).swapaxes(0, 1), level)
+        return threshold[0] if self.symmetric else threshold
+
+    def _level(self, coverage: float) -> float:
         """Share of scores up to the threshold, on each side if there are two."""
-        return self.coverage if self.symmetric else (1 + self.coverage) / 2
+        return coverage if self.symmetric else (1 + coverage) / 2
 
     def _check_parameters(self) -> None:
         if self.score not in REAL_SCORES:
@@ -254,7 +257,9 @@ class ConformalIntervals(BaseEstimator):
     # -- predict ---------------------------------------------------------------------------
 
     def interval(
-        self, dist: RealPredictive | Sequence[RealPredictive]
+        self,
+        dist: RealPredictive | Sequence[RealPredictive],
+        coverage: float | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the conformal interval of each row.
 
@@ -263,15 +268,26 @@ class ConformalIntervals(BaseEstimator):
         dist : RealPredictive, or list of them
             Predictive distribution of new rows; a list, from the model of each fold, if ``fit`` was
             given one.
+        coverage : float, optional
+            Another coverage than that of ``fit``, of the same held-out scores. Not for "quantile",
+            whose scores are of the interval of one coverage.
 
         Returns
         -------
         lower, upper : ndarray of shape (n,) or (n, m)
             Ends, in target units; infinite if there were too few held-out rows. For "density" the
             smallest interval around the region.
+
+        Raises
+        ------
+        DataError
+            If ``dist`` is not of the kind that was fitted.
+        ParameterError
+            If ``coverage`` is not in (0, 1), or another one for "quantile".
         """
         where = "ConformalIntervals.interval"
         dists = self._check_new(where, dist)
+        coverage, threshold = self._asked(where, coverage)
         shape = tuple(dists[0].batch_shape + dists[0].event_shape)
         if self.score == "density":
             hulls = [
@@ -279,9 +295,7 @@ class ConformalIntervals(BaseEstimator):
                     [np.stack(cells.hull(t)) for _, cells in _chunks(output)] or [np.empty((2, 0))],
                     axis=1,
                 )
-                for output, t in zip(
-                    self._each_output(where, dists[0]), self.threshold_, strict=True
-                )
+                for output, t in zip(self._each_output(where, dists[0]), threshold, strict=True)
             ]
             lower, upper = np.stack(hulls, -1)
         else:
@@ -289,22 +303,26 @@ class ConformalIntervals(BaseEstimator):
             for band in bands if len(dists[0]) else []:
                 check_finite_rows(f"{where}: dist", band.lower + band.upper)
             if len(bands) == 1:
-                below, above = np.broadcast_to(self.threshold_, (2, len(self.scores_[0][0, 0])))
+                below, above = np.broadcast_to(threshold, (2, len(self.scores_[0][0, 0])))
                 (band,) = bands
                 lower = band.lower - below * band.unit
                 upper = band.upper + above * band.unit
             else:
-                lower, upper = self._cross(bands)
+                lower, upper = self._cross(bands, self._level(coverage))
             crossed = lower > upper
             lower[crossed] = upper[crossed] = 0.5 * (lower[crossed] + upper[crossed])
         return lower.reshape(shape), upper.reshape(shape)
 
-    def region(self, dist: RealPredictive | Sequence[RealPredictive]) -> list[Any]:
+    def region(
+        self,
+        dist: RealPredictive | Sequence[RealPredictive],
+        coverage: float | None = None,
+    ) -> list[Any]:
         """Return the conformal region of each row as the intervals that it is made of.
 
         Parameters
         ----------
-        dist : RealPredictive, or list of them
+        dist, coverage
             As for :meth:`interval`.
 
         Returns
@@ -316,16 +334,30 @@ class ConformalIntervals(BaseEstimator):
         """
         where = "ConformalIntervals.region"
         if self.score != "density":
-            ends = np.stack(self.interval(dist), -1)
+            ends = np.stack(self.interval(dist, coverage), -1)
             return [r[None] if r.ndim == 1 else [output[None] for output in r] for r in ends]
         (one,) = self._check_new(where, dist)
+        _, threshold = self._asked(where, coverage)
         outputs = [
             [region for _, cells in _chunks(output) for region in cells.regions(t)]
-            for output, t in zip(self._each_output(where, one), self.threshold_, strict=True)
+            for output, t in zip(self._each_output(where, one), threshold, strict=True)
         ]
         if len(one.batch_shape + one.event_shape) == 1:
             return outputs[0]
         return [list(row) for row in zip(*outputs, strict=True)]
+
+    def _asked(self, where: str, coverage: float | None) -> tuple[float, Floats]:
+        """Coverage asked for, and its threshold."""
+        if coverage is None or coverage == self.coverage:
+            return self.coverage, self.threshold_
+        check_coverage(where, coverage)
+        if self.score == "quantile":
+            raise ParameterError(
+                f"{where}: held-out rows were judged by the interval of coverage "
+                f"{self.coverage:g}, got coverage={coverage:g}; fit with that coverage, or with "
+                "'normalized', 'residual' or 'density' in place of 'quantile', which give any."
+            )
+        return coverage, self._threshold(where, self.scores_, coverage)
 
     def _check_new(self, where: str, dist: Any) -> list[Any]:
         check_is_fitted(self)
@@ -345,11 +377,11 @@ class ConformalIntervals(BaseEstimator):
                 )
         return dists
 
-    def _cross(self, bands: list[_Band]) -> tuple[Floats, Floats]:
+    def _cross(self, bands: list[_Band], level: float) -> tuple[Floats, Floats]:
         """Ends of the CV+ intervals, (n, m) each."""
         n_rows, n_outputs = bands[0].lower.shape
         n = sum(s.shape[1] for s in self.scores_)
-        k = rank(n, self._level)
+        k = rank(n, level)
         lower, upper = np.full((2, n_rows, n_outputs), np.inf)
         lower *= -1
         if k > n:

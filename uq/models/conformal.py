@@ -229,30 +229,38 @@ class Conformal(Wrapper):
         return dist
 
     @available_if(regresses)
-    def predict_interval(self, X: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def predict_interval(
+        self, X: Any, coverage: float | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the conformal interval (lower, upper), shape (n,) or (n, m) each.
 
-        For "density" the smallest interval around the region.
+        For "density" the smallest interval around the region. Another ``coverage`` than that of
+        ``fit`` costs nothing, but for the method "quantile", which has to be fitted with it.
         """
         dist = self._judged(X)
-        lower, upper = self.conformal_.interval(dist)
+        lower, upper = self.conformal_.interval(dist, coverage)
         return lower, upper
 
     @available_if(regresses)
-    def predict_region(self, X: Any) -> list[Any]:
+    def predict_region(self, X: Any, coverage: float | None = None) -> list[Any]:
         """Return the intervals (k, 2) that make up the conformal region of each row.
 
-        More than one for "density" where the distribution has several modes.
+        More than one for "density" where the distribution has several modes. ``coverage`` is as for
+        :meth:`predict_interval`.
         """
         dist = self._judged(X)
-        regions: list[Any] = self.conformal_.region(dist)
+        regions: list[Any] = self.conformal_.region(dist, coverage)
         return regions
 
     @available_if(classifies)
-    def predict_set(self, X: Any) -> NDArray[np.bool_]:
-        """Return which classes are in the conformal set, (n, n_classes), as in ``classes_``."""
+    def predict_set(self, X: Any, coverage: float | None = None) -> NDArray[np.bool_]:
+        """Return which classes are in the conformal set, (n, n_classes), as in ``classes_``.
+
+        Another ``coverage`` than that of ``fit`` costs nothing, but for class-conditional sets,
+        which have to be fitted with it.
+        """
         dist = self._judged(X)
-        sets: NDArray[np.bool_] = self.conformal_.predict_set(dist)
+        sets: NDArray[np.bool_] = self.conformal_.predict_set(dist, coverage)
         return sets
 
     def _judged(self, X: Any) -> Any:
