@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import uq
 from uq.calibration import (
     accuracy,
     accuracy_at_coverage,
@@ -105,6 +106,8 @@ P = np.array([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])
         ([0, 1], [[0.5, 0.5], [1.0]], "prediction must be a regular array"),
         ([0, 1], [["a", "b"], ["c", "d"]], "prediction must hold numbers"),
         ([0, 1], [0.3, 0.7], r"n_classes >= 2, got \(2,\); for two classes give both columns"),
+        ([0, 1], [9.5, 7.1], r"for real targets a distribution \(metrics take y first"),
+        ([0, 1], uq.MAPRegressor(), r"got a MAPRegressor; give its predict_distribution\(X\)"),
         ([0, 1], [[1.0], [1.0]], r"n_classes >= 2, got \(2, 1\)"),
         ([0, 1], P[None], r"got \(1, 2, 3\)"),
         ([0, 1], "x", "prediction must be a .*got a str"),

@@ -462,6 +462,11 @@ def test_text_fits_100_columns_for_four_methods():
     assert "a rather long m… " in text
 
 
+def test_a_prompt_shows_the_report():
+    r = report(regressor(), Y_REAL)
+    assert repr(r) == str(r)
+
+
 def test_text_of_more_methods_comes_in_blocks():
     text = str(compare({f"method {i}": regressor() for i in range(5)}, Y_REAL))
     # Two blocks of the metrics, and two beside the constant prediction.

@@ -129,6 +129,8 @@ def test_slips_of_a_newcomer_are_answered_with_what_to_do():
     ):
         with pytest.raises(DataError, match=f"(?s){message}"):
             model.predict(wrong)
+    with pytest.raises(DataError, match="y must hold numbers: .*: 'red'; use a classifier"):
+        make("map", "regression").fit(frame, ["red"] * len(X))
     with pytest.raises(ParameterError, match="MAPClassifier: random_state must be an integer"):
         make("map", "classification", random_state="seven").fit(X, y)
     with pytest.raises(ParameterError, match="device must be 'auto' or a torch device such as"):

@@ -104,6 +104,18 @@ def test_slicing_keeps_the_rows(d, key):
     torch.testing.assert_close(d[key].aleatoric, d.aleatoric[key])
 
 
+def test_a_mask_of_pandas_which_cannot_be_written_selects_without_a_warning():
+    d = NormalMixture(torch.zeros(1, 3), torch.tensor(1.0))
+    mask = np.array([True, False, True])
+    mask.setflags(write=False)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # otherwise torch warns once in a process
+    try:
+        assert len(d[mask]) == 2
+    finally:
+        torch.set_warn_always(before)
+
+
 def test_slicing_keeps_the_index(d):
     d.index = pd.Index(list("abcde"))
     assert list(d[1:3].index) == ["b", "c"]

@@ -397,6 +397,9 @@ class Report:
     def __str__(self) -> str:
         return to_text(self.to_dict())
 
+    def __repr__(self) -> str:  # at a prompt the report itself, not its many fields
+        return str(self)
+
     def _repr_html_(self) -> str:
         from html import escape
 

@@ -350,7 +350,7 @@ def _probabilities(names: Names, values: Any) -> tuple[NDArray[Any], NDArray[Any
     if p.ndim != 2 or p.shape[1] < 2:
         raise DataError(
             f"{what}: class probabilities need shape (n, n_classes), n_classes >= 2, got "
-            f"{p.shape}; for two classes give both columns"
+            f"{p.shape}; for two classes give both columns, for real targets a distribution"
             + (" (metrics take y first, report the prediction)." if p.ndim == 1 else ".")
         )
     p = np.require(p, requirements=["C", "W"])  # torch warns of arrays that cannot be written
@@ -409,8 +409,10 @@ def _refuse_rows(name: str, what: str, bad: NDArray[np.bool_]) -> None:
 
 
 def _wrong_type(names: Names, expected: str, got: object) -> DataError:
+    remedy = "; give its predict_distribution(X)" if hasattr(got, "predict_distribution") else ""
     return DataError(
-        f"{names.where}: {names.prediction} must be a {expected}, got a {type(got).__name__}."
+        f"{names.where}: {names.prediction} must be a {expected}, got a {type(got).__name__}"
+        f"{remedy}."
     )
 
 

@@ -143,7 +143,7 @@ class Predictive(TorchDistribution):
         if isinstance(key, int | np.integer):
             key = int(key)
         elif not isinstance(key, slice):
-            key = torch.as_tensor(np.asarray(key))
+            key = torch.as_tensor(np.array(key))  # torch warns of arrays that cannot be written
         rows = self._rows(key)
         if self.index is not None and not isinstance(key, int):
             rows.index = self.index[key if isinstance(key, slice) else key.numpy()]

@@ -117,10 +117,14 @@ class Regressor(RegressorMixin, Estimator):
         return self._as_real(y).reshape(len(y), -1)
 
     def _as_real(self, y: Any) -> np.ndarray:
+        y = np.asarray(y)
+        y = y.astype(object) if y.dtype.kind == "U" else y  # an error then quotes plain text
         try:
             real = np.asarray(y, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise DataError(f"{type(self).__name__}: y must hold numbers: {error}.") from error
+            raise DataError(
+                f"{type(self).__name__}: y must hold numbers: {error}; use a classifier for labels."
+            ) from error
         if not np.isfinite(real).all():
             raise DataError(f"{type(self).__name__}: y contains NaN or infinity.")
         if real.size and np.abs(real).max() > 1e150:  # squares overflow
