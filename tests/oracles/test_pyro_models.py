@@ -10,6 +10,7 @@ import torch
 from pyro.infer import HMC, NUTS
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
+from scipy import stats
 from sklearn.base import clone
 from torch import nn
 
@@ -29,6 +30,12 @@ def linear(x, y=None):
     bias = pyro.sample("bias", dist.Normal(1.0, 3.0))
     with pyro.plate("data", len(x)):
         return pyro.sample("y", dist.Normal(x @ weight + bias, 0.5), obs=y)
+
+
+def bernoulli(x, y=None):
+    weight = pyro.sample("weight", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Bernoulli(logits=x @ weight), obs=y)
 
 
 def posterior():
@@ -132,11 +139,6 @@ def test_files_and_clones(tmp_path):
 def test_classes_by_categorical_and_bernoulli_agree():
     labels = np.where(Y.mean() < Y, "high", "low")
 
-    def bernoulli(x, y=None):
-        weight = pyro.sample("weight", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
-        with pyro.plate("data", len(x)):
-            return pyro.sample("y", dist.Bernoulli(logits=x @ weight), obs=y)
-
     def categorical(x, y=None):
         weight = pyro.sample("weight", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
         with pyro.plate("data", len(x)):
@@ -169,6 +171,51 @@ def test_several_targets_other_families_and_latents_of_rows():
     assert predicted.batch_shape == (5, 2)
     assert np.isfinite(model.log_score(X, both))
     assert (predicted.epistemic > 0).all()
+
+
+def test_tree_of_chains_for_arviz():
+    """Against the density written out, at the draws that the tree holds."""
+    kernel = partial(HMC, step_size=0.05, num_steps=4, adapt_step_size=False)
+    settings = {"kernel": kernel, "n_chains": 2, "n_warmup": 20, "n_draws": 15, **EXACT}
+    model = PyroRegressor(linear, **settings).fit(X, Y)
+    tree = model.to_inference_data(X[:7], Y[:7])
+    posterior = tree["posterior"]
+    assert dict(posterior.sizes)["chain"] == 2
+    weight, bias = posterior["weight"].to_numpy(), posterior["bias"].to_numpy()
+    assert (weight[0] != weight[1]).all()
+    mean = weight @ X[:7].T + bias[..., None]
+    np.testing.assert_allclose(posterior["prediction"], mean, rtol=1e-12)
+    rows = stats.norm(mean, 0.5).logpdf(Y[:7])
+    np.testing.assert_allclose(tree["log_likelihood"]["y"], rows, rtol=1e-12)
+    np.testing.assert_allclose(posterior["log_likelihood"], rows.sum(-1), rtol=1e-12)
+    assert set(tree["sample_stats"].data_vars) == set(model.sample_stats_)
+    np.testing.assert_array_equal(tree["observed_data"]["y"], Y[:7])
+    assert tree.attrs["estimator"] == "PyroRegressor"
+    assert set(model.to_inference_data()["posterior"].data_vars) == {"weight", "bias"}
+
+
+def test_tree_of_a_guide_is_one_chain_of_any_targets():
+    labels = np.where(Y > 3, "high", "low")
+    settings = {"guide": AutoNormal, "max_epochs": 50, "n_draws": 12, **EXACT}
+    classifier = PyroClassifier(bernoulli, **settings).fit(X, labels)
+    tree = classifier.to_inference_data(X, labels)
+    assert tree["posterior"]["prediction"].shape == (1, 12, 30, 2)
+    assert "sample_stats" not in tree.children
+    picked = np.exp(tree["log_likelihood"]["y"]).mean(("chain", "draw"))
+    expected = classifier.predict_proba(X)[np.arange(30), (labels == "low").astype(int)]
+    np.testing.assert_allclose(picked, expected, rtol=1e-12)
+
+    def two(x, y=None):
+        weight = pyro.sample("weight", dist.Normal(0.0, 2.0).expand([2, 2]).to_event(2))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(x @ weight, 1.0).to_event(1), obs=y)
+
+    both = np.stack([Y, -2 * Y], 1)
+    model = PyroRegressor(two, **settings).fit(X, both)
+    tree = model.to_inference_data(X, both)
+    mean = np.einsum("nd,csdm->csnm", X, tree["posterior"]["weight"].to_numpy())
+    rows = stats.norm(mean, 1.0).logpdf(both).sum(-1)
+    np.testing.assert_allclose(tree["log_likelihood"]["y"], rows, rtol=1e-12)
 
 
 def test_interrupted_chains_are_kept(monkeypatch):

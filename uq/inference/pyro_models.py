@@ -226,7 +226,7 @@ class PyroPosterior(Posterior):
         return {name: getattr(self, f"param_{i}") for i, name in enumerate(self._params)}
 
     @property
-    def n_draws(self) -> int:
+    def max_draws(self) -> int:
         """Number of draws held."""
         return len(next(iter(self.draws.values()))) if self._names else 1
 
@@ -235,7 +235,7 @@ class PyroPosterior(Posterior):
         model: Any = self.module if self.module is not None else self._function
         found = []
         with torch.no_grad(), isolated_rng(int(self.seed), x.device), own_store(self.params):
-            for s in range(self.n_draws) if rows is None else rows:
+            for s in range(self.max_draws) if rows is None else rows:
                 values = {name: t[s] for name, t in self.draws.items()}
                 trace = poutine.trace(poutine.condition(model, values)).get_trace(x)
                 found.append(_plain(trace.nodes[self.site]["fn"]))
@@ -247,8 +247,8 @@ class PyroPosterior(Posterior):
 
     def functions(self, x: Tensor, n: int) -> Tensor:
         """Means or class probabilities of n draws, spread evenly over all."""
-        n = min(n, self.n_draws)
-        rows = ((torch.arange(n) + 0.5) * (self.n_draws / n)).long().tolist()
+        n = min(n, self.max_draws)
+        rows = ((torch.arange(n) + 0.5) * (self.max_draws / n)).long().tolist()
         parts = [_class_logits(d) for d in self.distributions(x, rows)]
         if parts[0] is not None:
             return torch.stack([p.softmax(-1) for p in parts if p is not None]).cpu()

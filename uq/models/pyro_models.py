@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from uq.distributions import Predictive, RealPredictive
 from uq.errors import ParameterError
 from uq.inference.data import ArrayBatches
-from uq.inference.diagnostics import Diagnostics, diagnose, to_inference_data
+from uq.inference.diagnostics import Diagnostics, diagnose
 from uq.inference.pyro_models import (
     PyroPosterior,
     draw_chains,
@@ -28,6 +28,7 @@ from uq.inference.pyro_models import (
 )
 from uq.inference.training import TrainingResult, cosine_schedule
 from uq.models.base import Estimator, estimator
+from uq.models.chains import HoldsDraws
 from uq.models.checks import check_number
 from uq.models.objectives import Objective, TrainingData
 from uq.models.tasks import Classifier, Regressor
@@ -59,7 +60,7 @@ class _SVI(Objective):
 
 
 @estimator
-class _PyroModel(Estimator):
+class _PyroModel(HoldsDraws, Estimator):
     model: Any = field(default=None, kw_only=False)
     guide: Any = None
     kernel: Any = None
@@ -204,17 +205,24 @@ class _PyroModel(Estimator):
             If the model was fitted by a guide, whose draws are independent.
         """
         check_is_fitted(self)
-        posterior: Any = self.posterior_
         if not self.sample_stats_:
             raise ParameterError(
                 f"{type(self).__name__}: diagnostics are of Markov chains; fit with kernel=."
             )
-        values = {k: t.cpu().numpy() for k, t in posterior.draws.items()}
-        values["prediction"] = self.sample_functions(X, posterior.n_draws)
-        by_chain = {k: a.reshape(self.n_chains_, -1, *a.shape[1:]) for k, a in values.items()}
-        tree = to_inference_data(by_chain, sample_stats=self.sample_stats_)
         advice = "raise the kernel's target_accept_prob, or give the sites similar scales"
-        return diagnose(tree, divergence_advice=advice)
+        return diagnose(self.to_inference_data(X), divergence_advice=advice)
+
+    def _quantities(self) -> dict[str, Tensor]:
+        posterior: Any = self.posterior_
+        return dict(posterior.draws)
+
+    def _log_likelihood(self, X: Any, y: np.ndarray) -> Tensor:
+        posterior: Any = self.posterior_
+        x, _ = self._posterior_at(X)
+        target = self._target_tensor(torch.as_tensor(self._encode_targets(y)).to(x.device))
+        rows = [d.log_prob(target) for d in posterior.distributions(x)]
+        # Several targets are independent given the draw.
+        return torch.stack([r.sum(-1) if r.ndim == 2 else r for r in rows]).double()
 
     def _build_posterior(self) -> PyroPosterior:
         def empty(shapes: dict[str, Any]) -> dict[str, Tensor]:
