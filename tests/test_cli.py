@@ -25,6 +25,7 @@ from uq.data import load_dataset
 from uq.errors import FitInterruptedWarning
 from uq.io import load
 from uq.models.registry import METHODS, QUICK
+from uq.texts import spelled_seconds
 
 UQ = [sys.executable, "-m", "uq"]
 
@@ -276,7 +277,6 @@ def _error(capsys, *argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("", "arguments are required: COMMAND (see uq --help)"),
         ("guess", "invalid choice: 'guess'"),
         ("compare", "required: DATA (see uq compare --help)"),
         ("compare moons --bogus", "unrecognized arguments: --bogus"),
@@ -550,6 +550,65 @@ def test_pretrain_says_what_is_wrong(capsys, more, code, message):
 # -- the newcomer's commands -----------------------------------------------------------------------
 
 
+def test_the_bare_command_shows_its_help(capsys):
+    assert main([]) == 0
+    bare = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert bare == capsys.readouterr().out
+    assert "uq compare digits" in bare
+
+
+def test_help_names_the_quick_methods(capsys):
+    assert main(["compare", "--help"]) == 0
+    assert f"(default: {','.join(QUICK)})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_columns_that_are_not_read_as_meant_are_told(capsys):
+    frame = pd.read_csv("sold.csv").assign(key=[f"K{i}" for i in range(60)])
+    frame["size"] = [f"{i % 9}.5" for i in range(60)]
+    frame.loc[7, "size"] = "unknown"
+    frame.to_csv("slips.csv", index=False)
+    assert main(_fit("slips.csv", "sold", "s.uq")) == 0
+    err = capsys.readouterr().err
+    assert "the column 'size' is taken as text: 59 of its 60 values are numbers, but row 7" in err
+    assert "holds 'unknown'" in err
+    assert "'key': left out, as no text there occurs twice" in err
+    assert "city" not in err
+    assert main(_fit("slips.csv", "size", "s.uq")) == 0
+    assert "the target 'size' is taken as classes: 59 of its 60" in capsys.readouterr().err
+    assert main(_fit("sold.csv", "sold", "s.uq")) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_whole_numbers_as_classes_are_told_by_every_fit(capsys):
+    pd.read_csv("flats.csv").assign(stars=[1, 2, 3] * 20).to_csv("stars.csv", index=False)
+    assert main(_fit("stars.csv", "stars", "s.uq")) == 0
+    assert "3 whole numbers in the target are taken as classes" in capsys.readouterr().err
+    assert main(_fit("stars.csv", "stars", "s.uq", "--json-progress")) == 0
+    assert all(json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert main(_fit("stars.csv", "stars", "s.uq", "--task", "classification")) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_to_pick_stands_below_the_tables_too(capsys):
+    argv = ["compare", "flats.csv", "--target", "price", "--max-epochs", "2", "--methods"]
+    assert main([*argv, "map,ivon", "--quiet"]) == 0
+    *_, said, blank, path = capsys.readouterr().out.strip().split("\n")
+    report = json.loads(Path(path).with_suffix(".json").read_text())
+    assert blank == ""
+    assert " ".join(report["recommendation"].split()).endswith(said.strip())
+    assert main([*argv, "map", "--quiet"]) == 0  # nothing to pick from
+    assert "Pick" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.31, "0.31 s"), (34.4, "34 s"), (114, "110 s"), (210, "3.5 min"), (9000, "2.5 h")],
+)
+def test_times_are_spelled_in_two_digits(seconds, text):
+    assert spelled_seconds(seconds) == text
+
+
 def test_every_command_shows_examples_that_parse(capsys):
     for command in ("compare", "fit", "predict", "report", "pretrain", "methods", "doctor"):
         assert main([command, "--help"]) == 0
@@ -587,16 +646,16 @@ def test_compare_in_a_budget_says_what_it_left_out(capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("60s", 60), ("5min", 300), ("1.5h", 5400)]
+    ("text", "seconds"), [("90", 90), ("60s", 60), ("5min", 300), ("5m", 300), ("1.5h", 5400)]
 )
 def test_times(text, seconds):
     assert parser().parse_args(["compare", "x.csv", "--budget", text]).budget == seconds
 
 
-@pytest.mark.parametrize("text", ["soon", "-1s", "0", "infs", "5 weeks"])
+@pytest.mark.parametrize("text", ["soon", "-1s", "0", "infs", "5 weeks", "5minutes"])
 def test_times_that_are_none(capsys, text):
     assert main(["compare", "flats.csv", "--target", "price", f"--budget={text}"]) == 2
-    assert "needs a time such as 60s, 5min or 1h" in capsys.readouterr().err
+    assert f"needs a time such as 60s, 5min or 1h, got '{text}'" in capsys.readouterr().err
 
 
 def test_progress_bars_are_for_those_who_watch(monkeypatch):

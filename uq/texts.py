@@ -46,3 +46,12 @@ def all_visible(value: Any) -> Any:
             made[name] = all_visible(item)
         return made
     return value
+
+
+def spelled_seconds(seconds: float) -> str:
+    """Two digits of a time in the unit that a reader would choose."""
+    size, unit = next(
+        ((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= 2 * size),
+        (1, "s"),
+    )
+    return f"{float(f'{seconds / size:.2g}'):g} {unit}"

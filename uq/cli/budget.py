@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from uq.texts import spelled_seconds
+
 # In the order in which they are worth their time: the baseline, then what is often best for little.
 ORDER = (
     "map",
@@ -80,7 +82,7 @@ def affordable(
         if n_rows > _MOST_ROWS.get(name, n_rows):
             left_out[name] = f"each step takes all {n_rows:,} rows"
         elif chosen and spent + seconds > budget * jobs:
-            left_out[name] = f"about {seconds:.2g} s"
+            left_out[name] = f"about {spelled_seconds(seconds)}"
         else:
             chosen.append(name)
             spent += seconds

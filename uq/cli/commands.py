@@ -58,18 +58,11 @@ def compare(args: argparse.Namespace) -> None:
     ood = ood_rows(args.ood, data)
     groups = group_columns(args.groups, data)
     from uq import calibration
-    from uq.data import DATASETS, split_rows
+    from uq.data import split_rows
     from uq.models.registry import METHODS
 
     if asked == "all":
         names = [name for name in names if data.task in METHODS[name].tasks]
-    guessed = args.task is None and args.data not in DATASETS
-    if guessed and data.task == "classification" and data.y.dtype.kind in "iuf":
-        progress(
-            args,
-            f"{data.y.nunique()} whole numbers in the target are taken as classes; "
-            "--task regression predicts them as numbers",
-        )
     X_train, X_test, y_train, y_test = split_rows(
         data.X, data.y, data.task, test_size=args.test_size, random_state=args.seed
     )

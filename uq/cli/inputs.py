@@ -7,6 +7,7 @@ import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uq.cli.outputs import progress, show_warning
 from uq.errors import DataError, UQError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from uq.data import Dataset
 
 _GROUP_VALUES = 10  # distinct numbers that are groups as they are
+_ODD_SHARE = 0.1  # of the values of a column: few enough to be slips among numbers
 
 
 class UsageError(UQError):
@@ -117,10 +119,58 @@ def target_of(args: argparse.Namespace) -> str | None:
 
 
 def open_data(args: argparse.Namespace) -> Dataset:
-    """Read DATA with its target."""
-    from uq.data import open_dataset
+    """Read DATA with its target, and tell of columns that may not be read as they were meant."""
+    from uq.data import DATASETS, open_dataset
 
-    return open_dataset(args.data, target=target_of(args), task=args.task)
+    data = open_dataset(args.data, target=target_of(args), task=args.task)
+    if args.data in DATASETS:
+        return data
+    if args.task is None and data.task == "classification" and data.y.dtype.kind in "iuf":
+        progress(
+            args,
+            f"{data.y.nunique()} whole numbers in the target are taken as classes; "
+            "--task regression predicts them as numbers",
+        )
+    for column in (data.X[name] for name in data.X):
+        if text := _almost_numbers(column):
+            show_warning(f"the column {column.name!r} is taken as text: {text}")
+    if args.task is None and (text := _almost_numbers(data.y)):
+        show_warning(f"the target {data.y.name!r} is taken as classes: {text}")
+    if unique := [repr(name) for name in data.X if _is_unique_text(data.X[name])]:
+        progress(
+            args,
+            f"{', '.join(unique)}: left out, as no text there occurs twice (names, keys, dates)",
+        )
+    return data
+
+
+def _almost_numbers(column: pd.Series) -> str:
+    """What keeps a column of text from being one of numbers, if it is little; "" otherwise."""
+    import pandas as pd
+
+    if not _is_text(column):
+        return ""
+    present = column.dropna()
+    odd = pd.to_numeric(present, errors="coerce").isna()
+    if not 0 < odd.sum() <= _ODD_SHARE * len(present):
+        return ""
+    first = int(odd.to_numpy().argmax())
+    return (
+        f"{len(present) - odd.sum()} of its {len(present)} values are numbers, but row "
+        f"{present.index[first]} holds {present.iloc[first]!r}; leave such a cell empty if its "
+        "number is missing"
+    )
+
+
+def _is_unique_text(column: pd.Series) -> bool:
+    present = column.dropna()
+    return _is_text(column) and len(present) > 1 and present.is_unique
+
+
+def _is_text(column: pd.Series) -> bool:
+    from pandas.api import types
+
+    return types.infer_dtype(column, skipna=True) == "string"
 
 
 def _features(source: str) -> pd.DataFrame:

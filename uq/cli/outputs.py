@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from uq.errors import DataError, SaveError
@@ -56,7 +57,9 @@ def publish(report: Any, out: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"html": str(html), **report.to_dict()}, indent=2, allow_nan=False))
     else:
-        print(coloured(str(report)), f"\n{html}", sep="\n")
+        # Once more what a terminal has scrolled away.
+        again = ["", *wrap(report.recommendation, 100, subsequent_indent="    ")]
+        print(coloured(str(report)), *(again if len(again) > 1 else []), "", html, sep="\n")
 
 
 def coloured(text: str) -> str:
@@ -83,7 +86,7 @@ def finding_table(findings: list[Finding]) -> str:
 
 def progress(args: argparse.Namespace, line: str) -> None:
     """Tell on stderr how far a command is."""
-    if not args.quiet:
+    if not (getattr(args, "quiet", False) or getattr(args, "json_progress", False)):
         print(visible(line), file=sys.stderr, flush=True)
 
 

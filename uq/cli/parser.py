@@ -25,9 +25,15 @@ def parser() -> argparse.ArgumentParser:
     from uq import __version__
     from uq.data import DATASETS
 
-    uq = _Parser(prog="uq", description="Predictive uncertainty, from the command line.")
+    uq = _Parser(
+        prog="uq",
+        description="Predictive uncertainty, from the command line.",
+        epilog="start with:\n  uq compare digits\n  uq compare --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     uq.add_argument("--version", action="version", version=f"uq {__version__}")
-    subparsers = uq.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    uq.set_defaults(handler=lambda _: uq.print_help())
+    subparsers = uq.add_subparsers(title="commands", metavar="COMMAND")
     data_help = f"CSV or Parquet file, or one of {', '.join(DATASETS)}"
 
     def command(
@@ -55,19 +61,36 @@ def parser() -> argparse.ArgumentParser:
     _add_file(compare, "data", metavar="DATA", help=data_help)
     _add_target(compare)
     compare.add_argument(
-        "--methods", metavar="A,B", help="default: the quick ones; 'all', or see `uq methods`"
+        "--methods",
+        metavar="A,B",
+        help="names of `uq methods`, or all (default: ivon,vbll,ensemble,map)",
     )
     compare.add_argument(
         "--budget",
         type=_duration,
         metavar="TIME",
-        help="such as 60s or 5min: of the methods, those whose fits take about that in all",
+        help="for all fits, such as 60s or 5min; picks from --methods, or from all methods",
     )
-    compare.add_argument("--test-size", type=_share, default=0.25, metavar="SHARE", help="0.25")
-    compare.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
-    compare.add_argument("--max-epochs", type=_positive, metavar="N", help="of every fit")
     compare.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N", help="methods at a time, in processes; 1"
+        "--test-size",
+        type=_share,
+        default=0.25,
+        metavar="SHARE",
+        help="share of the rows to hold out (default: 0.25)",
+    )
+    _add_seed(compare)
+    compare.add_argument(
+        "--max-epochs",
+        type=_positive,
+        metavar="N",
+        help="epochs of every fit at most (default: the method's own)",
+    )
+    compare.add_argument(
+        "--jobs",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="methods to fit at a time, each in a process (default: 1)",
     )
     _add_report(compare, "reports/<data>")
     compare.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -90,9 +113,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="parameter of the estimator, such as hidden=64,64 or device=cpu; may be repeated",
     )
-    fit.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
+    _add_seed(fit)
     fit.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="folder to write to now and then"
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to now and then, for --resume",
     )
     fit.add_argument("--resume", action="store_true", help="go on from what --checkpoint holds")
     fit.add_argument(
@@ -112,7 +138,11 @@ def parser() -> argparse.ArgumentParser:
         predict, "--out", type=Path, metavar="FILE", help=".csv or .parquet; default: CSV on stdout"
     )
     predict.add_argument(
-        "--coverage", type=_share, default=0.9, metavar="SHARE", help="of the interval; 0.9"
+        "--coverage",
+        type=_share,
+        default=0.9,
+        metavar="SHARE",
+        help="probability that lower and upper enclose (default: 0.9)",
     )
 
     report = command(
@@ -150,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="argument of uq.inference.pretrain_pfn, such as d_model=96; may be repeated",
     )
-    pretrain.add_argument("--seed", type=_natural, default=0, metavar="N", help="0")
+    _add_seed(pretrain)
     pretrain.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
     methods = command(
@@ -190,7 +220,15 @@ def _add_file(parser: argparse.ArgumentParser, name: str, **options: Any) -> Non
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="COL", help="column to predict, needed for a file")
     parser.add_argument(
-        "--task", choices=("classification", "regression"), help="default: told by the target"
+        "--task",
+        choices=("classification", "regression"),
+        help="default: text, and whole numbers of few values, are classes",
+    )
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=_natural, default=0, metavar="N", help="of all that is random (default: 0)"
     )
 
 
@@ -214,10 +252,15 @@ def _share(text: str) -> float:
 
 
 def _duration(text: str) -> float:
-    number, unit = re.fullmatch(r"(.*?)(s|min|h)?", text, re.DOTALL).groups()  # type: ignore[union-attr]
-    wanted = "a time such as 60s, 5min or 1h"
-    seconds: float = _number(number, float, lambda value: 0 < value < math.inf, wanted)
-    return seconds * {None: 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}[unit]
+    number, unit = re.fullmatch(r"(.*?)(s|m|min|h)?", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    size = {None: 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}[unit]
+    seconds: float = _number(
+        text,
+        lambda _: size * float(number),
+        lambda value: 0 < value < math.inf,
+        "a time such as 60s, 5min or 1h",
+    )
+    return seconds
 
 
 def _natural(text: str) -> int:
