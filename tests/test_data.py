@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
+from uq.cli import main
 from uq.data import (
     DATASETS,
     infer_task,
@@ -207,6 +209,61 @@ def test_open_dataset(tmp_path, monkeypatch):
         open_dataset("moons", task="regression")
     with pytest.raises(DataError, match=r"neither a file nor a bundled .* did you mean 'moons'"):
         open_dataset("moon")
+
+
+@pytest.mark.parametrize(
+    ("written", "labels"),
+    [
+        (["001", "002"], ["001", "002"]),
+        (["true", "false"], ["true", "false"]),
+        (["+1", "-1"], ["+1", "-1"]),
+        (["0.50", "2"], ["0.50", "2"]),
+        # These come back from the numbers, too.
+        (["1", "-2"], [1, -2]),
+        (["1.0", "2.5"], [1.0, 2.5]),
+        (["True", "False"], [True, False]),
+        # Two spellings of one value are one label.
+        (["1", "1.0"], [1.0, 1.0]),
+        (["true", "True"], [True, True]),
+    ],
+)
+@pytest.mark.parametrize("index", ["", "row,"])
+def test_labels_of_a_csv_file_are_those_written(tmp_path, written, labels, index):
+    path = tmp_path / "labels.csv"
+    rows = [f"{'' if not index else f'r{i},'}{i},{written[i % 2]},7" for i in range(6)]
+    header = index.replace("row", "") + "x,y,z"
+    path.write_text("\n".join([header, *rows[:2], "", *rows[2:]]) + "\n")
+    data = open_dataset(str(path), target="y", task="classification")
+    assert data.y.tolist() == labels * 3
+    assert data.y.name == "y"
+    assert data.y.index.equals(data.X.index)
+    if written[0] != "0.50":
+        assert open_dataset(str(path), target="y").y.tolist() == labels * 3
+
+
+def test_numbers_to_predict_stay_numbers(tmp_path):
+    path = tmp_path / "numbers.csv"
+    path.write_text("x,y\n" + "".join(f"{i},{i:03}\n" for i in range(9)))
+    assert open_dataset(str(path), target="y").y.tolist() == list(range(9))
+
+
+def test_labels_pass_through_the_command_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    x = np.where(np.arange(60) % 2, 3, -3) + rng.normal(size=60)
+    frame = pd.DataFrame({"x": x, "site": np.where(np.arange(60) % 2, "010", "9")})
+    frame.to_csv("sites.csv", index=False)
+    fit = ["fit", "sites.csv", "--target", "site", "--method", "map", "--out", "m.uq"]
+    assert main([*fit, "--set", "max_epochs=100", "--set", "patience=None"]) == 0
+    assert main(["predict", "m.uq", "sites.csv", "--out", "p.csv"]) == 0
+    found = pd.read_csv("p.csv", dtype=str)
+    assert (found["label"] == frame["site"]).all()
+    assert {"p_010", "p_9"} < set(found)
+    # A file that happens to hold the label 9 alone.
+    frame[frame["site"] == "9"].to_csv("nine.csv", index=False)
+    assert main(["report", "m.uq", "nine.csv", "--target", "site", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    assert printed["methods"]["m"]["estimates"]["accuracy"]["value"] == 1
 
 
 # -- split ---------------------------------------------------------------------------------------

@@ -274,7 +274,8 @@ def open_dataset(source: str, *, target: str | None = None, task: Task | None = 
     target : str, optional
         Column to predict; required for a file, refused for a bundled data set.
     task : {"classification", "regression"}, optional
-        By default found by :func:`infer_task`.
+        By default found by :func:`infer_task`. For classification the labels of a CSV file are kept
+        as they are written where a number or a truth value would be written otherwise: 001, true.
 
     Raises
     ------
@@ -317,7 +318,10 @@ def open_dataset(source: str, *, target: str | None = None, task: Task | None = 
     if target is None:
         raise ParameterError(f"{source}: name the column to predict; there are {_some(frame)}.")
     X, y = split_target(frame, target)
-    return Dataset(path.name.split(".")[0], X, y, task or infer_task(y))
+    task = task or infer_task(y)
+    if task == "classification" and table_kind(path) == "csv":
+        y = _as_written(path, y, frame.columns.get_loc(target))
+    return Dataset(path.name.split(".")[0], X, y, task)
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -436,6 +440,22 @@ def _read_csv(path: Path) -> pd.DataFrame:
         frame = frame.set_index(frame.columns[0])
         frame.index.name = None
     return frame
+
+
+def _as_written(path: Path, y: pd.Series, column: Any) -> pd.Series:
+    """Labels as the text of a CSV file where numbers would not give it back: 001, true, 2.50."""
+    from pandas.api import types
+
+    if not isinstance(column, int) or not (types.is_bool_dtype(y) or types.is_numeric_dtype(y)):
+        return y
+    import pandas as pd
+
+    options, has_index = csv_options(path)
+    text = pd.read_csv(path, **options, usecols=[column + has_index], dtype=str).iloc[:, 0]
+    text = text.set_axis(y.index).rename(y.name)
+    # Two spellings of one value, such as 1 and 1.0, are one label: the value.
+    one_spelling = text.nunique() == y.nunique()
+    return text if one_spelling and (text != y.astype(str)).any() else y
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:

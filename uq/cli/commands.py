@@ -17,6 +17,7 @@ from uq.cli.inputs import (
     chosen_methods,
     group_columns,
     known_method,
+    labels_of,
     load_model,
     ood_rows,
     open_data,
@@ -252,7 +253,7 @@ def report(args: argparse.Namespace) -> None:
     groups = group_columns(args.groups, data)
     report = calibration.report(
         model.predict_distribution(data.X),
-        data.y.to_numpy(),
+        labels_of(model, data.y),
         ood=None if ood is None else model.predict_distribution(ood),
         groups=groups,
         name=name,

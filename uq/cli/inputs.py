@@ -11,6 +11,7 @@ from uq.cli.outputs import progress, show_warning
 from uq.errors import DataError, UQError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
     from uq.data import Dataset
@@ -104,6 +105,12 @@ def task_of(model: Any) -> Any:
     from sklearn.base import is_classifier
 
     return "classification" if is_classifier(model) else "regression"
+
+
+def labels_of(model: Any, y: pd.Series) -> np.ndarray:
+    """Targets of a table as the model has them: labels are text where it was fitted on text."""
+    text = task_of(model) == "classification" and model.classes_.dtype.kind in "UO"
+    return (y.astype(str) if text else y).to_numpy()
 
 
 def target_of(args: argparse.Namespace) -> str | None:
