@@ -458,8 +458,31 @@ def test_text_fits_100_columns_for_four_methods():
     r = compare({m: regressor() for m in names}, Y_REAL, ood=ood, notes={"set": "word " * 60})
     text = str(r)
     assert max(map(len, text.splitlines())) <= 100
-    assert "Log score (NLL)" in text
+    assert "Log score (NLL) ↓" in text
     assert "a rather long m… " in text
+    arrows = {"lower": " ↓ ", "higher": " ↑ ", "": "  "}
+    assert all(f"\n  {d.label}{arrows[d.better]}" in text for d in r.definitions)
+    assert {d.better for d in r.definitions} == {"lower", "higher", ""}
+    assert "↓ lower is better, ↑ higher is better." in text
+
+
+def test_no_line_of_text_begins_with_a_percent_sign():
+    text = str(compare({f"m{'x' * i}": classifier() for i in range(12)}, Y_CLASS))
+    assert not [line for line in text.splitlines() if line.lstrip().startswith("%")]
+
+
+def test_names_of_metrics_of_classes_are_not_cut():
+    text = str(report(classifier(), Y_CLASS))
+    assert "Classwise calibration error ↓" in text
+    assert "Accuracy ↑" in text
+
+
+def test_the_ranking_shows_times_where_there_are_some():
+    dists = {"a": regressor(), "b": regressor(scale=2.0)}
+    assert "Fit, s" not in str(compare(dists, Y_REAL))
+    text = str(compare(dists, Y_REAL, fit_seconds={"a": 2.5}))
+    assert "Fit, s" in text
+    assert [line.split()[-1] for line in text.splitlines() if "no fault" in line] == ["2.5"]
 
 
 def test_a_prompt_shows_the_report():
@@ -667,7 +690,7 @@ def test_markdown_has_every_metric_and_escapes_what_users_write(classified):
     widths = {
         line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("|")
     }
-    assert widths <= {4, 5, 7}  # two methods, with the constant, groups
+    assert widths <= {4, 5, 6, 7}  # two methods, with the constant, ranking, groups
     evil = report(regressor(), Y_REAL, name="a|b <c> *d*").to_markdown()
     assert "a\\|b &lt;c>" in evil
 

@@ -22,6 +22,8 @@ SECTIONS = {
 }
 _SAMPLED = "No warning: chains agree, and there are draws enough."
 BETTER = {"lower": "lower is better", "higher": "higher is better", "": ""}
+_ARROWS = {BETTER["lower"]: " ↓", BETTER["higher"]: " ↑", "": ""}
+_LEGEND = "↓ lower is better, ↑ higher is better."
 
 # Metrics of groups, as headings of narrow columns.
 _SHORT = {
@@ -34,7 +36,7 @@ _SHORT = {
     "coverage_90": "Coverage 90",
     "width_90": "Width 90",
 }
-_WIDTH, _LABEL_WIDTH, _CELL_WIDTH, _METHODS_ACROSS = 100, 31, 17, 4
+_WIDTH, _LABEL_WIDTH, _CELL_WIDTH, _METHODS_ACROSS = 100, 32, 17, 4
 _SIGNIFICANT = 0.05
 
 
@@ -123,7 +125,7 @@ class View:
 
 
 BASELINE = "constant"
-_RANKING = ("Score", "Interval", "Behind the first", "Calibration", "Fit, s")
+_RANKING = ("Score ↓", "Interval", "Behind the first", "Calibration", "Fit, s")
 
 
 def view(data: dict[str, Any]) -> View:
@@ -135,13 +137,14 @@ def view(data: dict[str, Any]) -> View:
         for key, title in SECTIONS.items()
         if key not in ("groups", "diagnostics")
     ]
+    timed = any(x["seconds"] is not None for x in data["ranking"])
     return View(
         title=data["title"],
         setting=_setting(data),
         summary=data["summary"],
         recommendation=data["recommendation"],
-        ranking_columns=list(_RANKING),
-        ranking=_ranking(data["ranking"]),
+        ranking_columns=list(_RANKING if timed else _RANKING[:-1]),
+        ranking=_ranking(data["ranking"], timed),
         methods=methods,
         sections=sections,
         baseline=_baseline_rows(data, labels),
@@ -190,9 +193,10 @@ def to_text(data: dict[str, Any]) -> str:
         for label, *texts in [["", *d.columns], *d.rows]:
             shown = "".join(_fit(text, _CELL_WIDTH) for text in texts)
             lines.append(_fit(f"  {label}", _LABEL_WIDTH) + shown)
-    lines += ["", f"± the longer side of the {v.interval} interval."]
+    legend = f"± the longer side of the {v.interval} interval. {_LEGEND}"
     if len(v.methods) > 1:
-        lines[-1] += " * best, = not distinguishable from the best."
+        legend += " * best, = not distinguishable from the best."
+    lines += ["", *_wrap(legend)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -204,8 +208,13 @@ def _text_table(rows: list[Row], columns: list[str]) -> list[str]:
             lines.append(" " * _LABEL_WIDTH + "".join(_fit(m, _CELL_WIDTH) for m in block))
         for row in rows:
             shown = "".join(_fit(_text_cell(row.cells[m]), _CELL_WIDTH) for m in block)
-            lines.append(_fit(f"  {row.label}", _LABEL_WIDTH) + shown)
+            lines.append(_fit(f"  {_directed(row)}", _LABEL_WIDTH) + shown)
     return lines
+
+
+def _directed(row: Row) -> str:
+    """The metric, and where better lies."""
+    return row.label + _ARROWS[row.better]
 
 
 def _text_ranking(v: View) -> list[str]:
@@ -234,12 +243,14 @@ def _text_cell(cell: Cell) -> str:
     return f"{cell.value} ±{cell.side}{mark}"
 
 
-def _wrap(line: str) -> list[str]:
-    return wrap(line, _WIDTH, subsequent_indent="    ") or [""]
+def _wrap(line: str, width: int = _WIDTH, indent: str = "    ") -> list[str]:
+    glued = line.replace(" %", "\N{NO-BREAK SPACE}%")  # a number stays with its unit
+    parts = wrap(glued, width, subsequent_indent=indent) or [""]
+    return [part.replace("\N{NO-BREAK SPACE}%", " %") for part in parts]
 
 
 def _wrapped(lines: Iterable[str]) -> list[str]:
-    return [part for line in lines for part in wrap(line, _WIDTH - 2, subsequent_indent="  ")]
+    return [part for line in lines if line for part in _wrap(line, _WIDTH - 2, "  ")]
 
 
 def _fit(text: str, width: int) -> str:
@@ -281,12 +292,12 @@ def to_markdown(data: dict[str, Any]) -> str:
         d = v.diagnostics
         lines += [f"## {SECTIONS['diagnostics']}", "", *(f"- {_escape(t)}" for t in d.findings), ""]
         lines += _markdown_table(["", *d.columns], d.rows)
-    lines += [f"Intervals hold {v.interval}."]
+    lines += [f"Intervals hold {v.interval}. {_LEGEND}"]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _markdown_rows(rows: list[Row], columns: list[str]) -> list[str]:
-    body = [[row.label, *(_markdown_cell(row.cells[m]) for m in columns)] for row in rows]
+    body = [[_directed(row), *(_markdown_cell(row.cells[m]) for m in columns)] for row in rows]
     return _markdown_table(["", *columns], body) if rows else []
 
 
@@ -392,8 +403,8 @@ def _baseline_rows(data: dict[str, Any], labels: Mapping[str, Any]) -> list[Row]
     return rows
 
 
-def _ranking(lines: list[dict[str, Any]]) -> list[RankRow]:
-    """The ranking with as many decimals as the narrowest interval asks for."""
+def _ranking(lines: list[dict[str, Any]], timed: bool) -> list[RankRow]:
+    """The ranking with as many decimals as the narrowest interval asks for; seconds if timed."""
     keys = ("value", "low", "high", "behind", "behind_low", "behind_high")
     numbers = [{k: math.nan if x[k] is None else float(x[k]) for k in keys} for x in lines]
     spec = _format([{k: n[k] for k in ("value", "low", "high")} for n in numbers])
@@ -411,12 +422,16 @@ def _ranking(lines: list[dict[str, Any]]) -> list[RankRow]:
                 if i == 0
                 else f"{_number(n['behind'], spec)} ({between(n['behind_low'], n['behind_high'])})",
                 x["fault"] or "no fault seen",
-                "—" if x["seconds"] is None else f"{float(x['seconds']):.3g}",
+                *([_seconds(x["seconds"])] if timed else []),
             ],
             tied=x["tied"],
         )
         for i, (x, n) in enumerate(zip(lines, numbers, strict=True))
     ]
+
+
+def _seconds(x: float | None) -> str:
+    return "—" if x is None else f"{float(x):.3g}"
 
 
 def _records(data: dict[str, Any], labels: Mapping[str, Any]) -> list[Row]:
