@@ -60,7 +60,8 @@ from uq.calibration.recalibration import EvidenceScaling, Recalibrator, Temperat
 from uq.calibration.recalibration_classwise import HistogramBinning, IsotonicCalibration
 from uq.calibration.recalibration_maps import BetaCalibration, MatrixScaling, VectorScaling
 from uq.calibration.recalibration_real import QuantileRecalibration, VarianceScaling
-from uq.calibration.reporting import Report, compare, report
+from uq.calibration.report_data import Report
+from uq.calibration.reporting import compare, report
 from uq.calibration.shift import Drift, ShiftCurve, epistemic_drift, shift_curve
 
 __all__ = [

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from uq.calibration.curves import Curve
-    from uq.calibration.reporting import Report
+    from uq.calibration.report_data import Report
 
 # The colours of the light theme; in SVG they become CSS variables, which the page may redefine.
 COLOURS = {
