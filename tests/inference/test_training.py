@@ -56,6 +56,13 @@ def test_batches_larger_than_a_block(monkeypatch):
     assert len(parts) == len(batches)
 
 
+@pytest.mark.parametrize(("max_epochs", "said"), [(50, True), (2, False)])
+def test_a_bar_that_ends_before_its_end_says_why(capsys, max_epochs, said):
+    _, result = run(max_epochs=max_epochs, patience=2, held_out_loss=lambda: 1.0, verbose=1)
+    assert result.stop_reason == ("patience" if said else "max_epochs")
+    assert ("stopped early" in capsys.readouterr().err) is said
+
+
 def test_best_weights_are_restored_and_patience_stops():
     objective = Quadratic()
     losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 0.0])

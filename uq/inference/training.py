@@ -422,6 +422,7 @@ def train(
                     break
                 if patience is not None and epoch + 1 - result.best_epoch >= patience:
                     result.stop_reason = "patience"
+                    progress.set_description(f"{description}, stopped early")  # not broken off
                     break
                 at.epoch, at.losses = epoch + 1, []
                 if saved is not None and saved.stage.due(at.epoch):
