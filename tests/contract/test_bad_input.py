@@ -1,5 +1,7 @@
 """Bad input on every estimator: a clear error that names the argument."""
 
+import inspect
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +21,22 @@ from tests.contract.test_estimators import data
 from uq.errors import DataError, ParameterError, UQError
 
 every = pytest.mark.parametrize(("method", "task"), CASES)
+
+
+@every
+def test_an_unknown_parameter_is_answered_with_the_closest(method, task):
+    kind = type(make(method, task))
+    name = kind.__name__
+    with pytest.raises(
+        TypeError, match=f"^{name} has no parameter 'epochs'; did you mean .*epochs"
+    ):
+        kind(epochs=3)
+    with pytest.raises(TypeError, match=f"^{name} has no parameter 'seed'; there are "):
+        kind(seed=3)
+    # scikit-learn and help() see the parameters themselves.
+    found = inspect.signature(kind).parameters
+    assert set(found) == set(kind().get_params(deep=False))
+    assert all(p.kind is not p.VAR_KEYWORD for p in found.values())
 
 
 @every
@@ -129,7 +147,7 @@ def test_slips_of_a_newcomer_are_answered_with_what_to_do():
     ):
         with pytest.raises(DataError, match=f"(?s){message}"):
             model.predict(wrong)
-    with pytest.raises(DataError, match="y must hold numbers: .*: 'red'; use a classifier"):
+    with pytest.raises(DataError, match=r"y must hold numbers: .*: 'red'; use a classifier"):
         make("map", "regression").fit(frame, ["red"] * len(X))
     with pytest.raises(ParameterError, match="MAPClassifier: random_state must be an integer"):
         make("map", "classification", random_state="seven").fit(X, y)

@@ -8,12 +8,14 @@ puts the answer back on the user's scale. A method writes ``_infer`` and ``_buil
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, dataclass_transform
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from uq.data import suggest
 from uq.distributions import Predictive
 from uq.errors import DataError, ParameterError
 from uq.inference.checkpoints import Checkpoints, describe_run
@@ -77,12 +80,30 @@ _ASIDE = (
 _LARGE_BYTES = 1 << 28
 
 Callback = Callable[[TrainingState], Any]
+T = TypeVar("T")
 
 
-# Constructors are dataclass ones: the signature is the list of fields, stored exactly as given,
-# which is what scikit-learn asks of them. In a class's bases the method goes before the task, so
-# that the method's defaults win.
-estimator = dataclass(kw_only=True, eq=False, repr=False)
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
+def estimator(cls: type[T]) -> type[T]:
+    """Make a class an estimator: its fields are the arguments of its constructor.
+
+    They are stored exactly as given, which is what scikit-learn asks for. In a class's bases the
+    method goes before the task, so that the method's defaults win.
+    """
+    made = dataclass(kw_only=True, eq=False, repr=False)(cls)
+    store = made.__init__
+    known = list(inspect.signature(store).parameters)[1:]
+
+    @wraps(store)  # scikit-learn reads the signature through it
+    def __init__(self: Any, *args: Any, **parameters: Any) -> None:
+        for name in parameters:
+            if name not in known:
+                owner = type(self).__name__
+                raise TypeError(f"{owner} has no parameter {name!r}{suggest(name, known)}")
+        store(self, *args, **parameters)
+
+    made.__init__ = __init__  # type: ignore[method-assign]
+    return made
 
 
 @estimator

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -30,7 +30,7 @@ from uq.inference.sdm_calibration import (
 )
 from uq.inference.sdm_training import Round, Rows, SDMObjective, distinct, halves
 from uq.inference.training import TrainingResult, cosine_schedule, train
-from uq.models.base import as_numpy
+from uq.models.base import as_numpy, estimator
 from uq.models.checks import check_number
 from uq.models.documentation import documented
 from uq.models.objectives import TrainingData
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 Stop after this many epochs without a better SDM loss on the calibration rows; "auto" takes a
         tenth of the epochs, at least 20. The best epoch is kept in any case.""",
 )
-@dataclass(eq=False, repr=False)
+@estimator
 class SDMClassifier(Classifier):
     """Classify by similarity, distance and magnitude; know which answers are reliable.
 
@@ -140,8 +140,7 @@ class SDMClassifier(Classifier):
     [['in_region', 'False'], ['in_region', 'True']]
     """
 
-    base: Any = None
-    _: KW_ONLY
+    base: Any = field(default=None, kw_only=False)
     layer: str | None = None
     alpha: float = 0.95
     exemplar_dim: int = 64
