@@ -421,8 +421,8 @@ class ABNNClassifier(_ABNN, Classifier):
     References
     ----------
     G. Franchi et al., "Make Me a BNN: A Simple Strategy for Estimating Bayesian Uncertainty from
-    Pre-trained Models", CVPR 2024, arXiv 2312.15297. The noise scale α is the authors' code's, not
-    in the paper's equation, which breaks a network.
+    Pre-trained Models", CVPR 2024, arXiv 2312.15297, Algorithm 1. The noise scale α is the
+    authors' code's, not in the paper's equation, which breaks a network.
 
     Examples
     --------
@@ -478,7 +478,7 @@ class ABNNRegressor(_ABNN, NetworkRegressor):
     References
     ----------
     G. Franchi et al., "Make Me a BNN: A Simple Strategy for Estimating Bayesian Uncertainty from
-    Pre-trained Models", CVPR 2024, arXiv 2312.15297.
+    Pre-trained Models", CVPR 2024, arXiv 2312.15297, Algorithm 1.
 
     Examples
     --------

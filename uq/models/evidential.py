@@ -342,7 +342,7 @@ class EvidentialRegressor(_Evidential, Regressor):
     arXiv:1910.02600.
 
     N. Meinert, J. Gawlikowski, A. Lavin. "The unreasonable effectiveness of deep evidential
-    regression." AAAI 2023. arXiv:2205.10060.
+    regression." AAAI 2023. arXiv:2205.10060, eq. 11 (the penalty "normalised").
 
     Examples
     --------

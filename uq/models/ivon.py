@@ -364,7 +364,7 @@ class IVONClassifier(_IVON, Classifier):
     References
     ----------
     Y. Shen et al., "Variational Learning is Effective for Large Deep Networks", ICML 2024,
-    arXiv 2402.17641.
+    arXiv 2402.17641, Algorithm 1.
 
     Examples
     --------
@@ -408,7 +408,7 @@ class IVONRegressor(_IVON, NetworkRegressor):
     References
     ----------
     Y. Shen et al., "Variational Learning is Effective for Large Deep Networks", ICML 2024,
-    arXiv 2402.17641.
+    arXiv 2402.17641, Algorithm 1.
 
     Examples
     --------

@@ -2,7 +2,7 @@
 
 With x̂ the normalised activation, γ the layer's scale and β its shift,
 
-    y = γ x̂ (1 + αε) + β,    ε ~ N(0, 1)                             (the paper's eq. 6, with α)
+    y = γ x̂ (1 + αε) + β,    ε ~ N(0, 1)              (eq. 6 of the authors' talk, with α)
 
 in training and in prediction. The shape of ε says what one draw is:
 
