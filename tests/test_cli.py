@@ -79,6 +79,8 @@ def test_help_imports_neither_torch_nor_pandas():
 def test_methods_lists_every_method(capsys):
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
+    one_task = [name for name in METHODS if "regression" not in METHODS[name].tasks]
+    assert text.count("; classification only\n") == len(one_task) > 0
     assert all(name in text for name in METHODS)
     assert main(["methods", "--json"]) == 0
     assert [m["method"] for m in json.loads(capsys.readouterr().out)] == list(METHODS)

@@ -217,10 +217,23 @@ def test_confidence_right_on_average_only_is_found_out():
     assert said(d, y).startswith("Confidence is right on average (accuracy 0.750")
 
 
+def test_the_numbers_of_a_range_have_as_many_figures():
+    rng = np.random.default_rng(1)
+    for scale in (0.01, 1.0, 59.2):
+        y = scale * rng.normal(size=50)
+        dist = NormalMixture(torch.zeros(1, 50), torch.tensor(scale))
+        said = report(dist, y, name="m").methods["m"].verdicts["accuracy"]
+        found = re.match(r"Typical error \(RMSE\) (\S+) \((\S+) to (\S+)\)", said)
+        assert found is not None
+        for number in found.groups():
+            assert len(number.replace(".", "").lstrip("0")) == 4
+
+
 def test_calibration_of_regressors_in_words(regressed):
     good, narrow, wide = (m.verdicts["calibration"] for m in regressed.methods.values())
     assert re.fullmatch(
-        r"90 % intervals hold \d\d\.\d % of .* targets: within chance of right, .*levels\.", good
+        r"90 % intervals hold \d\d\.\d % of .* targets: no further off than chance .*levels\.",
+        good,
     )
     assert narrow.endswith("too narrow.")
     assert wide.endswith("too wide.")

@@ -148,7 +148,7 @@ def _errors(found: Mapping[str, Estimate]) -> str:
 def _error(found: Mapping[str, Estimate], baseline: Mapping[str, float]) -> str:
     e = found["rmse"]
     explained = 1 - (e.value / baseline["rmse"]) ** 2 if baseline["rmse"] else float("nan")
-    said = f"Typical error (RMSE) {e.value:.4g} ({_range(e)}), in target units."
+    said = f"Typical error (RMSE) {_figures(e.value)} ({_range(e)}), in target units."
     if np.isnan(explained):
         return said
     return f"{said} That is {_percent(explained)} of the variance explained (R²)."
@@ -162,7 +162,7 @@ def _coverage(rows: RegressionRows, found: Mapping[str, Estimate]) -> str:
         held = _holds(0.9, found[coverage_metric(0.9).name].value)
         if n < _FEW:
             return f"{held}: nothing against it, but {_few(n)}."
-        return f"{held}: within chance of right, like the other levels."
+        return f"{held}: no further off than chance allows, like the other levels."
     _, level, share = max(off)
     finding = _graded("too narrow" if share < level else "too wide", share - level).lower()
     return f"{_holds(level, share)}: {finding}."
@@ -260,5 +260,11 @@ def _percent(share: float) -> str:
 def _range(e: Estimate, *, percent: bool = False) -> str:
     if np.isnan(e.low):
         return "no interval"
-    factor, spec = (100, ".1f") if percent else (1, ".4g")
-    return f"{factor * e.low:{spec}} to {factor * e.high:{spec}}" + (" %" if percent else "")
+    if percent:
+        return f"{100 * e.low:.1f} to {100 * e.high:.1f} %"
+    return f"{_figures(e.low)} to {_figures(e.high)}"
+
+
+def _figures(x: float) -> str:
+    """Four figures, zeros at the end too, so that the numbers of a range look alike."""
+    return f"{x:#.4g}".rstrip(".")

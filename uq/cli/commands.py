@@ -326,7 +326,8 @@ def methods(args: argparse.Namespace) -> None:
     width = max(map(len, table.index)) + 2
     for name, row in table.iterrows():
         print(f"{name:{width}}{row['cost']}")
-        print(f"{'':{width}}needs {row['needs']}")
+        only = "" if row["regressor"] else "; classification only"
+        print(f"{'':{width}}needs {row['needs']}{only}")
         print(f"{'':{width}}{row['paper']}")
 
 

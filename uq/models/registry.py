@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
         "ABNN",
         "uq.models.abnn",
         _BOTH,
-        "1 trained network + a few epochs for M sets of norms; (M + 1) L forward passes to predict",
+        "1 trained network + a few epochs for M sets of norms; (M + 1) S forward passes to predict",
         "any network with normalisation layers",
         "Franchi et al., CVPR 2024, arXiv 2312.15297",
     ),
