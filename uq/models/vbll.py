@@ -323,8 +323,8 @@ class VBLLClassifier(_VBLL, Classifier):
     References
     ----------
     J. Harrison, J. Willes, J. Snoek, "Variational Bayesian Last Layers", ICLR 2024,
-    arXiv 2404.11599: Theorem 2; eqs. 3 (model), 14 (bound), 16 (objective) and 19 (predictive) of the
-    discriminative head.
+    arXiv 2404.11599: Theorem 2; eqs. 3 (model), 14 (bound), 16 (objective) and 19 (predictive) are
+    the discriminative head's.
 
     Examples
     --------
