@@ -242,7 +242,7 @@ class MaskedMoves:
 
     Parameters
     ----------
-    n_leapfrog : int, default=20
+    n_leapfrog : int, default=50
         Gradients of a trajectory.
     n_mask_moves : int, default=10
         Mask moves of a transition.
@@ -258,7 +258,7 @@ class MaskedMoves:
     MaskedMoves(n_leapfrog=10, n_mask_moves=10, max_flips=3, death='small', birth='uniform')
     """
 
-    n_leapfrog: int = 20
+    n_leapfrog: int = 50
     n_mask_moves: int = 10
     max_flips: int = 3
     death: str = "small"

@@ -186,7 +186,7 @@ def sample_masked(
     n_warmup: int = 500,
     n_draws: int = 100,
     thin: int = 5,
-    target_accept: float = 0.7,
+    target_accept: float = 0.8,
     generator: torch.Generator,
     checkpoint: Stage | None = None,
     verbose: int = 0,
@@ -209,7 +209,7 @@ def sample_masked(
         Draws of each chain.
     thin : int, default=5
         Transitions for each draw.
-    target_accept : float, default=0.7
+    target_accept : float, default=0.8
         Acceptance probability of a trajectory that the step size is adapted to.
     generator : torch.Generator
         Source of everything random, on the device of the model.
@@ -327,7 +327,7 @@ class MaskedBNNKernel(MCMCKernel):
         Where the chains start.
     moves : MaskedMoves, optional
         Settings of a transition.
-    target_accept : float, default=0.7
+    target_accept : float, default=0.8
         Acceptance probability that warm-up adapts the step size to.
     generator : torch.Generator
         Source of everything random.
@@ -354,7 +354,7 @@ class MaskedBNNKernel(MCMCKernel):
         state: MaskedState,
         *,
         moves: MaskedMoves | None = None,
-        target_accept: float = 0.7,
+        target_accept: float = 0.8,
         generator: torch.Generator,
     ) -> None:
         self.target = model
