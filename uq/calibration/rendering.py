@@ -193,10 +193,10 @@ def to_text(data: dict[str, Any]) -> str:
         for label, *texts in [["", *d.columns], *d.rows]:
             shown = "".join(_fit(text, _CELL_WIDTH) for text in texts)
             lines.append(_fit(f"  {label}", _LABEL_WIDTH) + shown)
-    legend = f"± the longer side of the {v.interval} interval. {_LEGEND}"
+    lines += ["", f"± the longer side of the {v.interval} interval."]
     if len(v.methods) > 1:
-        legend += " * best, = not distinguishable from the best."
-    lines += ["", *_wrap(legend)]
+        lines[-1] += " * best, = not distinguishable from the best."
+    lines.append(_LEGEND)
     return "\n".join(line.rstrip() for line in lines)
 
 
