@@ -643,6 +643,10 @@ def test_compare_in_a_budget_says_what_it_left_out(capsys):
     out, err = capsys.readouterr()
     document = json.loads(out)
     assert set(document["methods"]) == {"map"}
+    told, first, *_, last = err.splitlines()
+    assert told.startswith("budget: a fit of map")
+    assert first.startswith("vbll: left out, about ")
+    assert last == "reporting on 15 held-out rows"
     assert "nuts: left out, about " in err
     assert set(document["notes"]["left out for want of time"]) == {"vbll", "nuts"}
 

@@ -88,6 +88,7 @@ def compare(args: argparse.Namespace) -> None:
         **({} if args.jobs == 1 else {"methods fitted at a time": args.jobs}),
         **({} if ood is None else {"out of distribution": args.ood or data.ood_name}),
     }
+    progress(args, f"reporting on {len(y_test)} held-out rows")
     report = calibration.compare(
         dists,
         y_test.to_numpy(),
@@ -111,6 +112,7 @@ def _affordable(
     """Of the methods those that the budget allows, judged by a fit of MAP; and why not others."""
     from uq.cli.budget import affordable
 
+    progress(args, "budget: a fit of map tells what this table costs")
     warm_up()
     pilot = table_model("map", task, settings, args.seed)
     start = time.perf_counter()
