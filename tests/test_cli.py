@@ -713,6 +713,8 @@ def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
     assert outputs.coloured(text) == (
         "\033[1mHow accurate?\033[0m\n  Accuracy  \033[32m1.000 ±0.079 *\033[0m   0.9 ±0.1"
     )
+    legend = "± the longer side of the 95 % interval. * best"
+    assert outputs.coloured(legend) == legend
     monkeypatch.setenv("NO_COLOR", "1")
     assert outputs.coloured(text) == text
 

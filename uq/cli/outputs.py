@@ -67,7 +67,7 @@ def coloured(text: str) -> str:
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     text = re.sub(r"(?m)^(?! ).*\?$", "\033[1m\\g<0>\033[0m", text)
-    return re.sub(r"\S+(?: ±\S+)? \*(?=\s|$)", "\033[32m\\g<0>\033[0m", text)
+    return re.sub(r"[\d−∞]\S*(?: ±\S+)? \*(?=\s|$)", "\033[32m\\g<0>\033[0m", text)
 
 
 def finding_table(findings: list[Finding]) -> str:
