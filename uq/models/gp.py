@@ -35,6 +35,8 @@ from uq.nn.network import probe_outputs
 
 _HELD_OUT_DRAWS = 64
 _EXACT_EPOCHS = 200
+# Of the variational process: a table of one batch has settled by then.
+_MOST_EPOCHS = 500
 
 
 class _Objective(Objective):
@@ -151,7 +153,9 @@ class _GP(Estimator):
     def _n_epochs(self, data: TrainingData) -> int:
         if self.max_epochs is not None:
             return self.max_epochs
-        return _EXACT_EPOCHS if self.exact_ else max(20, math.ceil(2000 / len(data.batches)))
+        if self.exact_:
+            return _EXACT_EPOCHS
+        return min(_MOST_EPOCHS, max(20, math.ceil(2000 / len(data.batches))))
 
 
 _OWN = """\
@@ -189,7 +193,7 @@ class GPClassifier(_GP, Classifier):
     -----
     Here ``hidden=()`` is the default: the kernel works on the inputs. Other widths put an MLP below
     it, trained with it. All is computed in float64, whatever ``precision``; by default training
-    takes about 2,000 steps.
+    takes about 2,000 steps, or 500 epochs where those are fewer.
 
     References
     ----------
