@@ -193,7 +193,7 @@ class GPClassifier(_GP, Classifier):
     -----
     Here ``hidden=()`` is the default: the kernel works on the inputs. Other widths put an MLP below
     it, trained with it. All is computed in float64, whatever ``precision``; by default training
-    takes about 2,000 steps, or 500 epochs where those are fewer.
+    takes about 2,000 steps, within 20 to 500 epochs.
 
     References
     ----------
@@ -247,8 +247,8 @@ class GPRegressor(_GP, Regressor):
     -----
     Scales, length scales and noise maximise the marginal likelihood (its bound, where variational)
     by Adam; the exact process takes all rows at each of its 200 steps, whatever ``batch_size``.
-    Several targets are independent processes. See :class:`GPClassifier` on ``hidden`` and
-    ``precision``.
+    Several targets are independent processes. See :class:`GPClassifier` on ``hidden``,
+    ``precision`` and the variational process's steps.
 
     References
     ----------
