@@ -582,8 +582,9 @@ def test_columns_that_are_not_read_as_meant_are_told(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_whole_numbers_as_classes_are_told_by_every_fit(capsys):
-    pd.read_csv("flats.csv").assign(stars=[1, 2, 3] * 20).to_csv("stars.csv", index=False)
+@pytest.mark.parametrize("stars", [[1, 2, 3], ["1.00", "2.00", "3.00"]])
+def test_whole_numbers_as_classes_are_told_by_every_fit(stars, capsys):
+    pd.read_csv("flats.csv").assign(stars=stars * 20).to_csv("stars.csv", index=False)
     assert main(_fit("stars.csv", "stars", "s.uq")) == 0
     assert "3 whole numbers in the target are taken as classes" in capsys.readouterr().err
     assert main(_fit("stars.csv", "stars", "s.uq", "--json-progress")) == 0

@@ -132,7 +132,7 @@ def open_data(args: argparse.Namespace) -> Dataset:
     data = open_dataset(args.data, target=target_of(args), task=args.task)
     if args.data in DATASETS:
         return data
-    if args.task is None and data.task == "classification" and data.y.dtype.kind in "iuf":
+    if args.task is None and data.task == "classification" and _is_numbers(data.y):
         progress(
             args,
             f"{data.y.nunique()} whole numbers in the target are taken as classes; "
@@ -149,6 +149,15 @@ def open_data(args: argparse.Namespace) -> Dataset:
             f"{', '.join(unique)}: left out, as no text there occurs twice (names, keys, dates)",
         )
     return data
+
+
+def _is_numbers(column: pd.Series) -> bool:
+    """Whether all values are numbers, or labels that a file spells as numbers: 001, 2.00."""
+    import pandas as pd
+
+    return column.dtype.kind not in "bmM" and bool(
+        pd.to_numeric(column, errors="coerce").notna().all()
+    )
 
 
 def _almost_numbers(column: pd.Series) -> str:
