@@ -177,6 +177,17 @@ def test_average_is_the_mixture():
         BarDistribution.average([one, one[:1]])
 
 
+def test_averaging_float32_bars_keeps_small_buckets():
+    # Beyond the cdf's float32 resolution of 6e-8 near 1; what remains is float64 rounding.
+    p = torch.tensor([[0.2, 0.3, 0.3, 0.2 - 1e-9, 1e-9]], dtype=torch.float64)
+    borders = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
+    d = BarDistribution(p.log().float(), borders)
+    finer = torch.tensor([-2.0, -1.5, -1.0, 0.0, 1.0, 2.0, 3.0])
+    mixed = BarDistribution.average([d], borders=finer)
+    value = torch.tensor([2.5])
+    torch.testing.assert_close(mixed.log_prob(value), d.log_prob(value), rtol=0, atol=1e-5)
+
+
 def test_mode_is_the_highest_bar():
     logits = torch.full((1, 6), -5.0, dtype=torch.float64)
     logits[0, 3] = 0.0  # the narrowest

@@ -293,7 +293,8 @@ class BarDistribution(RealPredictive):
         """Probability of each bucket of other borders."""
         if borders.shape == self.borders.shape and torch.equal(borders, self.borders):
             return self._p
-        inner = self.cdf(borders[..., 1:-1].movedim(-1, 0)).double().movedim(0, -1)
+        # In float64 whatever the logits are: the differences of a rounded cdf lose small buckets.
+        inner = self._cdf(borders[..., 1:-1].movedim(-1, 0)).movedim(0, -1)
         zero = torch.zeros_like(inner[..., :1])
         return torch.cat([zero, inner, zero + 1], -1).diff(dim=-1).clamp_min(0)
 
