@@ -412,6 +412,22 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, prior):
         pretrain_pfn(prior, steps=12, out=out, resume=True, lr=1e-3, **sizes)
 
 
+def lines(batch, n, d, generator):
+    """Straight lines with noise: a prior that leaves scaling to the context, as a user's does."""
+    x = torch.randn(batch, n, d, generator=generator)
+    slope = torch.randn(batch, d, 1, generator=generator)
+    return x, (x @ slope).squeeze(-1) + 0.1 * torch.randn(batch, n, generator=generator)
+
+
+def test_a_users_prior_is_kept_with_contexts_from_no_rows_on(tmp_path):
+    # An empty context has no mean or deviation to scale by; NaN could not be written to the file.
+    _, meta = pretrain_pfn(lines, **(TINY | {"steps": 2, "out": tmp_path / "lines.safetensors"}))
+    load_pfn(tmp_path / "lines.safetensors")
+    trivial = meta["runs"][0]["reference"]["trivial"]
+    assert "0" in trivial
+    assert all(math.isfinite(loss) for loss in trivial.values())
+
+
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path):
     out = tmp_path / "net.safetensors"
     whole, _ = pretrain_pfn("gp", steps=12, **TINY)

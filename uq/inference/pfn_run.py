@@ -257,8 +257,9 @@ class Run:
             log_p = (share / share.sum(1, keepdim=True)).log()
             target = codes[:, n:]
             each = -log_p.gather(1, target.clamp_min(0))
-            return float(each[target >= 0].mean())
-        if self.contexts.scaled:
+            counted = target >= 0
+            return float(each[counted].sum() / counted.sum().clamp_min(1))
+        if self.contexts.scaled and n:  # no context: nothing to scale by
             mean, scale = (
                 y[:, :n].mean(1, keepdim=True),
                 y[:, :n].std(1, keepdim=True, correction=0),
