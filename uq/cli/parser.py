@@ -167,7 +167,8 @@ def parser() -> argparse.ArgumentParser:
         "--prior",
         required=True,
         metavar="NAME",
-        help="gp, gp-hyper, bnn, scm, tabular-regression or tabular-classification",
+        help="gp, gp-hyper, bnn, scm, tabular-regression or tabular-classification; a prior of "
+        "your own is for uq.inference.pretrain_pfn in Python",
     )
     _add_file(pretrain, "--out", required=True, type=Path, metavar="FILE", help=".safetensors")
     pretrain.add_argument("--steps", required=True, type=_positive, metavar="N")

@@ -387,8 +387,6 @@ class _PFN(Estimator):
             )
         if not bool((kept[2] != 1).any()):
             kept, held = kept[:2], None if held is None else held[:2]
-        elif held is not None:
-            held = (*held[:2], held[2])
         view = PFNPosterior(
             loaded, kept[0], kept[1], torch.ones_like(kept[0][:, 0]), n_classes=n_classes
         ).views()[0]
@@ -427,11 +425,12 @@ class _PFN(Estimator):
 
 _OWN = """\
 prior : str or Path, default="tabular-{task}"
-        Name of weights that come with the package, or path of a file that ``uq pretrain`` wrote.
-        The network's prior is the prior of the analysis: see its model card.
+        Name of weights that come with the package, or path of a file that ``uq pretrain`` or
+        :func:`uq.inference.pretrain_pfn` wrote. The network's prior is the prior of the analysis:
+        see its model card.
     n_views : int, default=4
-        Views of the context that are averaged: columns{codes} in random order{transform}.
-        1 takes all as it is.
+        Views of the context that are averaged: columns as they are, and each after a Yeo-Johnson
+        transform in half of them{views}. 1 takes all as it is.
     localize : int, "auto" or None, default=None
         Answer each query from its so many nearest context rows. It helps where the prior fits badly
         and rows are many, and costs where it fits; "auto" decides by the log score of a fifth of
@@ -543,6 +542,9 @@ class PFNRegressor(_PFN, Regressor):
     -----
     {notes}
 
+    Read intervals and quantiles of a prediction rather than ``stddev`` and ``variance``: its outer
+    bars reach far out, and little probability there makes a large variance.
+
     References
     ----------
     S. Müller et al., "Transformers Can Do Bayesian Inference", ICLR 2022, arXiv 2112.10510, for the
@@ -576,10 +578,10 @@ _CLASSES = """
     - More classes: a tree of groups in random order, whose probabilities multiply."""
 _CONSTANT = """
     - A constant target is predicted within about a millionth of its size."""
-for _cls, _task, _more, _codes, _power in (
-    (PFNClassifier, "classification", _CLASSES, " and codes of classes", ""),
-    (PFNRegressor, "regression", _CONSTANT, "", ", targets after a Yeo-Johnson transform in half"),
+for _cls, _task, _more, _views in (
+    (PFNClassifier, "classification", _CLASSES, "; codes of classes in random order"),
+    (PFNRegressor, "regression", _CONSTANT, "; targets likewise"),
 ):
     _doc = (_cls.__doc__ or "").replace("{own_pfn}", _OWN).replace("{own_fitted}", _FITTED)
     _doc = _doc.replace("{notes}", _NOTES).replace("{more}", _more).replace("{task}", _task)
-    _cls.__doc__ = _doc.replace("{codes}", _codes).replace("{transform}", _power)
+    _cls.__doc__ = _doc.replace("{views}", _views)
