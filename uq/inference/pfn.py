@@ -78,7 +78,9 @@ def pretrain_pfn(
     n_buckets : int, default=200
         Bars, for regression: enough where noise is at least 1/60 of the targets' range.
     border_rule : {"equal_width", "equal_mass", "fine_tails"}, default="equal_width"
-        See :func:`uq.distributions.bar.bar_borders`.
+        See :func:`uq.distributions.bar.bar_borders`. Where the context scales the targets (priors
+        without ``scaled = False``), contexts of a few rows make them heavy-tailed and equal widths
+        coarse: take "fine_tails", or a ``min_context`` of some rows.
     min_context, max_context : int
         Smallest and largest context, in rows.
     context_sampling : {"uniform", "log_uniform"}, default="uniform"
