@@ -421,8 +421,13 @@ def lines(batch, n, d, generator):
 
 def test_a_users_prior_is_kept_with_contexts_from_no_rows_on(tmp_path):
     # An empty context has no mean or deviation to scale by; NaN could not be written to the file.
-    _, meta = pretrain_pfn(lines, **(TINY | {"steps": 2, "out": tmp_path / "lines.safetensors"}))
-    load_pfn(tmp_path / "lines.safetensors")
+    out = tmp_path / "lines.safetensors"
+    model, meta = pretrain_pfn(lines, **(TINY | {"steps": 2, "out": out}))
+    load_pfn(out)
+    # Scaled by one row or two, targets have far tails: bars in the middle must stay fine.
+    assert meta["runs"][0]["border_rule"] == "fine_tails"
+    widths = model.borders.diff()
+    assert widths.min() < widths.median() < widths.max() / 10
     trivial = meta["runs"][0]["reference"]["trivial"]
     assert "0" in trivial
     assert all(math.isfinite(loss) for loss in trivial.values())

@@ -41,7 +41,7 @@ def pretrain_pfn(
     d_ff: int | None = None,
     context_tokens: int | None = None,
     n_buckets: int = 200,
-    border_rule: BorderRule = "equal_width",
+    border_rule: BorderRule | None = None,
     min_context: int = 0,
     max_context: int = 40,
     context_sampling: Literal["uniform", "log_uniform"] = "uniform",
@@ -77,10 +77,10 @@ def pretrain_pfn(
         4, twice the width, and 1: on a CPU many steps of a narrow network beat few of a wide one.
     n_buckets : int, default=200
         Bars, for regression: enough where noise is at least 1/60 of the targets' range.
-    border_rule : {"equal_width", "equal_mass", "fine_tails"}, default="equal_width"
-        See :func:`uq.distributions.bar.bar_borders`. Where the context scales the targets (priors
-        without ``scaled = False``), contexts of a few rows make them heavy-tailed and equal widths
-        coarse: take "fine_tails", or a ``min_context`` of some rows.
+    border_rule : {"equal_width", "equal_mass", "fine_tails"}, optional
+        See :func:`uq.distributions.bar.bar_borders`. By default "fine_tails" where the context
+        scales the targets, as contexts of a few rows make them heavy-tailed and equal widths
+        coarse, and "equal_width" for priors with ``scaled = False``.
     min_context, max_context : int
         Smallest and largest context, in rows.
     context_sampling : {"uniform", "log_uniform"}, default="uniform"
@@ -175,6 +175,8 @@ def pretrain_pfn(
     contexts = Contexts(
         prior, min_context, max_context, context_sampling, n_queries, rows_per_step, random_state
     )
+    if border_rule is None:
+        border_rule = "fine_tails" if contexts.scaled else "equal_width"
     settings = {
         "prior": name,
         "task": contexts.task,
@@ -351,8 +353,8 @@ def _check(given: dict[str, Any]) -> None:
         raise refuse("context_sampling", "'uniform' or 'log_uniform'")
     if given["context_sampling"] == "log_uniform" and given["min_context"] < 1:
         raise refuse("min_context", "at least 1 with log_uniform sampling")
-    if given["border_rule"] not in BORDER_RULES:
-        raise refuse("border_rule", f"one of {BORDER_RULES}")
+    if given["border_rule"] not in (None, *BORDER_RULES):
+        raise refuse("border_rule", f"one of {BORDER_RULES} or None")
     if not given["lr"] > 0:
         raise refuse("lr", "a number > 0")
     for name in ("warmup", "average"):
