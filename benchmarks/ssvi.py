@@ -189,6 +189,7 @@ def fit_digits(seed: int, **settings: Any) -> tuple[dict[str, float], float]:
     model = SSVIClassifier(
         hidden=(128, 128),
         max_epochs=60,
+        patience=None,
         batch_size=64,
         update_every=50,
         random_state=seed,

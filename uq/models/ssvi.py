@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -241,7 +241,7 @@ sparsity_ : float
         Bytes of the posterior, over those of means and standard deviations of all weights."""
 
 
-@documented(lr="3e-3", own=_PARAMETERS)
+@documented(lr="3e-3", patience='"auto"', own=_PARAMETERS)
 @estimator
 class SSVIClassifier(_SSVI, Classifier):
     """Classify with a sparse network whose active weights are Gaussian.
@@ -261,12 +261,16 @@ class SSVIClassifier(_SSVI, Classifier):
 
     Notes
     -----
-    The posterior is mean-field on the active weights. With ``patience`` the held-out score is that
-    of the mean weights, and the active set of the best epoch is kept. Predictions multiply by
-    compressed rows on a CPU where that is faster (a density up to 0.12, layers of 16,384 weights);
-    so does training (up to 0.2, linear layers of 131,072 weights). Elsewhere zeros are written out
-    for a product, and exchanges of active weights look at the gradient of all. Convolutions gain
-    size, but no speed: there is no compressed product for them, in training or in prediction.
+    The posterior is mean-field on the active weights. On few or noisy rows a long run ends in far
+    too sure a fit: by default a tenth of the rows stops it (``patience=None`` trains on all). The
+    held-out score is that of the mean weights, and the active set of the best epoch is kept.
+    :class:`SSVIRegressor`, whose noise is learned, does better with all rows.
+
+    Predictions multiply by compressed rows on a CPU where that is faster (a density up to 0.12,
+    layers of 16,384 weights); so does training (up to 0.2, linear layers of 131,072 weights).
+    Elsewhere zeros are written out for a product, and exchanges of active weights look at the
+    gradient of all. Convolutions gain size, but no speed: there is no compressed product for them,
+    in training or in prediction.
 
     Sparsity is of single weights. The structured variant with a hidden Markov prior on the support,
     which removes whole neurons (Turbo-VBI), is not there.
@@ -289,6 +293,8 @@ class SSVIClassifier(_SSVI, Classifier):
     (0.87, 32)
     """
 
+    patience: int | Literal["auto"] | None = "auto"
+
 
 @documented(lr="3e-3", own=_PARAMETERS)
 @estimator
@@ -309,8 +315,9 @@ class SSVIRegressor(_SSVI, NetworkRegressor):
 
     Notes
     -----
-    The noise level is a point estimate. The predictive is the mixture of the draws' Normals. See
-    :class:`SSVIClassifier` for the rest.
+    The noise level is a point estimate. The predictive is the mixture of the draws' Normals. All
+    rows train it unless ``patience`` asks for some to stop by. See :class:`SSVIClassifier` for the
+    rest.
 
     References
     ----------
