@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from sklearn.datasets import load_breast_cancer, load_diabetes, make_moons
 from torch import nn
+from torch.func import functional_call
 
 import uq
 from uq import MAPClassifier, PartialBNNClassifier, PartialBNNRegressor
@@ -770,3 +771,51 @@ def test_diabetes_regression_beats_a_constant():
     )
     constant = stats.norm(y[:300].mean(), y[:300].std()).logpdf(y[300:]).mean()
     assert model.log_score(X[300:], y[300:]) > constant + 0.15
+
+
+@pytest.mark.parametrize("stochastic", ["4", "2", "0"])
+def test_an_activation_that_comes_again_is_not_left_out(stochastic):
+    # One module object at two places of a chain has one name among the children.
+    x, _ = regression(7)
+    torch.manual_seed(0)
+    act = nn.Tanh()
+    body = nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 3), act, nn.Linear(3, 1)).double()
+    network = ParticleNetwork(Network(body, FixedNoise(0.5)), stochastic_names(body, [stochastic]))
+    phi = torch.randn(5, network.dim, generator=generator(), dtype=torch.float64)
+    expected = torch.stack(
+        [
+            functional_call(body, {k: v[j] for k, v in network.unflatten(phi).items()}, x)
+            for j in range(5)
+        ],
+        1,
+    )
+    torch.testing.assert_close(network.outputs(phi, x), expected)
+
+
+def test_layers_before_the_particles_run_once_in_training_and_prediction():
+    x, y = regression(40)
+    runs = []
+
+    class Counted(nn.Linear):
+        def forward(self, h):
+            runs.append(len(h))
+            return super().forward(h)
+
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Sequential(Counted(3, 6), nn.Tanh()), nn.Linear(6, 1)).double()
+    whole = Network(body, NormalLikelihood(1))
+    network = ParticleNetwork(whole, ["1.weight", "1.bias"], max_memory_mb=0.001)
+    phi = torch.randn(30, network.dim, generator=generator(), dtype=torch.float64)
+    assert network.particles_at_once(x) < 10
+    runs.clear()
+    network(phi, x, y).sum().backward()
+    assert runs == [40]
+    posterior = PartialPosterior(whole, ["1.weight", "1.bias"], phi)
+    runs.clear()
+    dist = posterior(x, 30)
+    assert runs == [40]
+    each = [
+        functional_call(body, {k: v[j] for k, v in network.unflatten(phi).items()}, x)
+        for j in range(30)
+    ]
+    torch.testing.assert_close(dist.mean, torch.stack(each).mean(0).to(dist.mean.dtype))

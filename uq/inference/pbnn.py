@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from uq.distributions import Predictive
 from uq.errors import DataError, ParameterError
 from uq.inference.checkpoints import Stage
-from uq.inference.pbnn_network import ParticleNetwork
+from uq.inference.pbnn_network import ParticleNetwork, split_network
 from uq.inference.posterior import WeightPosterior, Weights, monte_carlo
 from uq.inference.resampling import ancestors, normalize, resample_below, unique_share
 from uq.inference.smc import DataSchedule, SMCResult, SMCSampler
@@ -41,6 +41,8 @@ from uq.inference.smc_moves import HMC, RandomWalk, accept, value_and_gradient
 from uq.nn.network import Network
 
 MOVES = ("ou", "rw", "mh", "langevin", "adaptive_rw")
+# Of a prediction, in the layers that all particles share: 512 images of a ConvNet take some 50 MB.
+_ROWS_AT_ONCE = 512
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -517,7 +519,15 @@ class PartialPosterior(WeightPosterior):
         """Mixture over ``n_samples`` particles, evenly chosen (all where there are fewer)."""
         n = min(n_samples, self.max_draws)
         draw = self.sampler(n, self.generator(x.device))
-        return self.network.likelihood.predictive(monte_carlo(self.network, draw, n, x))
+        before, network = split_network(self.network, self._names)
+        with torch.no_grad():
+            # Once for all particles, in parts that bound the memory.
+            h = (
+                torch.cat([before(part) for part in x.split(_ROWS_AT_ONCE)])
+                if len(x)
+                else before(x)
+            )
+        return network.likelihood.predictive(monte_carlo(network, draw, n, h))
 
     def functions(self, x: Tensor, n: int) -> Tensor:
         """Evaluate particles chosen at random; see :meth:`Posterior.functions`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,6 +143,8 @@ class ParticleNetwork(nn.Module):
         for name in names:
             own[name].requires_grad_(False)
         self._plain = _is_plain(network.body, names)
+        # In a list: they hold the same modules as the network.
+        self._parts = [*split_network(network, names)]
         self._per_row: float | None = None
 
     @property
@@ -163,15 +166,19 @@ class ParticleNetwork(nn.Module):
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """Outputs of the body for each row and particle, (n, S, outputs)."""
+        return self._after(phi, self._parts[0](x))
+
+    def _after(self, phi: Tensor, h: Tensor) -> Tensor:
+        """Outputs given those of the layers before the first stochastic one."""
         weights = self.unflatten(phi)
-        body = self.network.body
+        body: Any = self._parts[1].body
         if not self._plain:
             # Only what depends on the particles is batched.
-            call = vmap(lambda w: functional_call(body, w, (x,)))
+            call = vmap(lambda w: functional_call(body, w, (h,)))
             return call(weights).transpose(0, 1)
-        h, batched = x, False
+        batched = False
         layer: Any
-        for name, layer in body.named_children():
+        for name, layer in body._modules.items():  # named_children leaves out what comes again
             w, b = (weights.get(f"{name}.{p}") for p in ("weight", "bias"))
             if w is None and b is None:
                 h = layer(h)
@@ -185,17 +192,23 @@ class ParticleNetwork(nn.Module):
     def log_likelihood_rows(self, phi: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Log likelihood of each row and particle, (n, S)."""
         self.network.eval()
+        return self._rows_after(phi, self._parts[0](x), y)
+
+    def _rows_after(self, phi: Tensor, h: Tensor, y: Tensor) -> Tensor:
         likelihood = self.network.likelihood
-        shape = (len(x), len(phi))
-        flat = self.outputs(phi, x).reshape(shape[0] * shape[1], -1)
+        shape = (len(h), len(phi))
+        flat = self._after(phi, h).reshape(shape[0] * shape[1], -1)
         nll: Tensor = likelihood.nll(likelihood(flat), y.repeat_interleave(len(phi), 0))
         return -nll.view(shape)
 
     def forward(self, phi: Tensor, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
         """Log likelihood of all rows at each particle, (S,), in float64."""
 
+        self.network.eval()
+        h = self._parts[0](x)
+
         def part(phi: Tensor) -> Tensor:
-            rows = self.log_likelihood_rows(phi, x, y).double()
+            rows = self._rows_after(phi, h, y).double()
             return rows.sum(0) if weight is None else weight.double() @ rows
 
         size = self.particles_at_once(x)
@@ -206,21 +219,43 @@ class ParticleNetwork(nn.Module):
     def particles_at_once(self, x: Tensor) -> int:
         """Particles whose activations at ``x`` keep the bound on memory."""
         if self._per_row is None:
-            self._per_row = _activation_elements(self.network, x[:2]) / len(x[:2])
+            with torch.no_grad():
+                h = self._parts[0](x[:2])
+            self._per_row = _activation_elements(self._parts[1], h) / len(h)
         budget = self.max_memory_mb * 2**20 / x.element_size()
         return max(1, int(budget / (self._per_row * len(x))))
 
 
+def split_network(network: Network, names: list[str]) -> tuple[nn.Module, Network]:
+    """Layers of a chain before the first stochastic one, and the network of the others.
+
+    The others keep their names. Of a body that is no chain, or whose first layer is stochastic,
+    nothing is before.
+    """
+    body = network.body
+    if type(body).forward is not nn.Sequential.forward:
+        return nn.Identity(), network
+    layers = list(body._modules)
+    first = min(layers.index(name.partition(".")[0]) for name in names)
+    modules = {k: m for k, m in body._modules.items() if m is not None}
+    before = nn.Sequential(*(modules[k] for k in layers[:first]))
+    after = nn.Sequential(OrderedDict((k, modules[k]) for k in layers[first:]))
+    return before.eval(), Network(after, network.likelihood).eval()
+
+
 def _is_plain(body: nn.Module, names: list[str]) -> bool:
     """Whether the layers are a chain that may have an axis of particles before the last one."""
-    if not isinstance(body, nn.Sequential):
+    if type(body).forward is not nn.Sequential.forward:
         return False
-    children = dict(body.named_children())
+    children = body._modules
     owners = [name.rpartition(".")[0] for name in names]
     if any(type(children.get(owner)) is not nn.Linear for owner in owners):
         return False
+    layers = list(children.values())
+    if any(layers.count(children[owner]) > 1 for owner in owners):
+        return False  # the same layer again, under another name
     first = min(list(children).index(owner) for owner in owners)
-    return all(type(layer) in _POINTWISE for layer in list(children.values())[first:])
+    return all(type(layer) in _POINTWISE for layer in layers[first:])
 
 
 def _linear(h: Tensor, batched: bool, weight: Tensor, bias: Tensor | None) -> Tensor:
