@@ -215,9 +215,18 @@ def attempt(name: str, task: Task) -> Row:
 
 def _in_child(name: str, task: Task, pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, without a row
+    # A run that is killed takes its tasks with it.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(ONE_THREAD)
     pipe.send(attempt(name, task))
     pipe.close()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def run_task(name: str, task: Task, seconds: float = LIMIT_SECONDS) -> Row | None:
