@@ -243,6 +243,21 @@ def test_predictions_hold_the_labels_of_the_file(labels, capsys):
         assert list(table) == ["label", *(f"p_{label}" for label in labels), "entropy"]
 
 
+@pytest.mark.parametrize(
+    ("fitted", "reported"), [([1, 2], ["01", "02"]), ([False, True], ["false", "TRUE"])]
+)
+def test_a_report_reads_labels_as_the_model_was_fitted(fitted, reported):
+    group = np.arange(30) % 2
+    pd.DataFrame({"size": 5.0 * group, "kind": [fitted[g] for g in group]}).to_parquet("k.parquet")
+    more = ["--task", "classification", "--set", "max_epochs=60", "--set", "lr=0.05"]
+    assert main(_fit("k.parquet", "kind", "k.uq", *more)) == 0
+    given = [reported[g] for g in group]
+    pd.DataFrame({"size": 5.0 * group, "kind": given}).to_csv("other.csv", index=False)
+    assert main(["report", "k.uq", "other.csv", "--target", "kind", "--out", "r.json"]) == 0
+    found = json.loads(Path("r.json").read_text())
+    assert found["methods"]["k"]["estimates"]["accuracy"]["value"] == 1  # they are far apart
+
+
 def test_row_labels_are_kept_and_row_numbers_are_not(model, capsys):
     table = pd.read_csv("sold.csv")
     table.set_axis([f"row{i}" for i in range(60)]).to_csv("named.csv")

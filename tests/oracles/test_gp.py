@@ -1,5 +1,7 @@
 """Gaussian processes against scikit-learn, GPyTorch, each other and their own equations."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -237,3 +239,11 @@ def test_beyond_max_exact_rows_the_process_is_variational():
 def test_bad_arguments(name, value):
     with pytest.raises(ParameterError, match=name):
         GPRegressor(**{name: value}).fit(X, Y)
+
+
+@pytest.mark.parametrize(("n_batches", "epochs"), [(1, 500), (4, 500), (10, 200), (1000, 20)])
+def test_variational_runs_take_2000_steps_within_20_to_500_epochs(n_batches, epochs):
+    model = GPClassifier()
+    model.exact_ = False
+    assert model._n_epochs(SimpleNamespace(batches=range(n_batches))) == epochs
+    assert GPClassifier(max_epochs=7)._n_epochs(SimpleNamespace(batches=range(3))) == 7

@@ -108,9 +108,19 @@ def task_of(model: Any) -> Any:
 
 
 def labels_of(model: Any, y: pd.Series) -> np.ndarray:
-    """Targets of a table as the model has them: labels are text where it was fitted on text."""
-    text = task_of(model) == "classification" and model.classes_.dtype.kind in "UO"
-    return (y.astype(str) if text else y).to_numpy()
+    """Targets of a table as the model has them: text, numbers or truth values, as it was fitted."""
+    import pandas as pd
+
+    if task_of(model) != "classification":
+        return y.to_numpy()
+    kind = model.classes_.dtype.kind
+    if kind in "UO":
+        return y.astype(str).to_numpy()
+    if kind == "b" and _is_text(y):
+        truth = y.str.lower().map({"true": True, "false": False})
+        return (truth if truth.notna().all() else y).to_numpy()
+    # 01 is 1 to a model whose labels are numbers, though a file's labels stay as they are written.
+    return (pd.to_numeric(y) if kind in "iuf" and _is_numbers(y) else y).to_numpy()
 
 
 def target_of(args: argparse.Namespace) -> str | None:

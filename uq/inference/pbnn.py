@@ -41,7 +41,7 @@ from uq.inference.smc_moves import HMC, RandomWalk, accept, value_and_gradient
 from uq.nn.network import Network
 
 MOVES = ("ou", "rw", "mh", "langevin", "adaptive_rw")
-# Of a prediction, in the layers that all particles share: 512 images of a ConvNet take some 50 MB.
+# Of a prediction, in the layers that all particles share: those of images may be large.
 _ROWS_AT_ONCE = 512
 
 
