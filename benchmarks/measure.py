@@ -36,9 +36,16 @@ def paired(
 def row(
     name: str, unit: str, target: str, met: bool | None, measured: dict[str, Any]
 ) -> dict[str, Any]:
-    """Row of a table of speed; ``met`` is None where there is no target to meet."""
+    """Row of a table of speed; a target that is empty or in brackets is none, and met is None."""
+    judged = target and not target.startswith("(")
     rounded = {k: float(f"{v:.4g}") for k, v in measured.items()}
-    return {"benchmark": name, "unit": unit, **rounded, "target": target, "met": met}
+    return {
+        "benchmark": name,
+        "unit": unit,
+        **rounded,
+        "target": target,
+        "met": met if judged else None,
+    }
 
 
 def mean_rows(rows: list[dict[str, Any]], by: list[str], over: str) -> list[dict[str, Any]]:

@@ -481,15 +481,17 @@ def speed_lines(whole: dict[str, list[dict[str, Any]]]) -> Lines:
         for r in found:
             if "benchmark" not in r or r.get("ratio") is None or "target" not in r:
                 continue
-            met = {True: "yes", False: "**no**"}.get(r.get("met"), "")
+            judged = r["target"] and not r["target"].startswith("(")  # "(for comparison)"
+            met = {True: "yes", False: "**no**"}.get(r.get("met"), "") if judged else ""
             span = ""
             if r.get("ratio_min") is not None:
                 span = f"{number(r['ratio_min'])} to {number(r['ratio_max'])}"
             rows.append([suite, r["benchmark"], number(r["ratio"]), span, r["target"], met])
     header = ["suite", "benchmark", "ratio", "range", "target", "met"]
-    n = sum(row[-1] == "yes" for row in rows)
+    verdicts = [row[-1] for row in rows if row[-1]]
     return [
-        f"Ratios of alternating repeats in one process, {n} of {len(rows)} within their target; "
+        f"Ratios of alternating repeats in one process, {verdicts.count('yes')} of {len(verdicts)} "
+        "within their target; "
         "made by `python -m benchmarks.run SUITE`.",
         "",
         *folded("All ratios", markdown(header, rows)),
