@@ -371,7 +371,7 @@ module : torch.nn.Module or callable, optional
         statistics; "auto" freezes them below 1,000 rows or 16 rows a batch.
     base_max_epochs : int, optional
         Passes over the data of the training before, where ``module`` is no trained network; by
-        default as many as give about 5,000 steps, within 20 to 1,000.
+        default as many as give about 5,000 steps, and at least 20.
     base_lr : float, default=3e-3
         Peak learning rate of that training, by Adam.
     prior_scale : float, default=1.0
@@ -379,7 +379,8 @@ module : torch.nn.Module or callable, optional
 _HELD_OUT = """\
 Of the training before fine-tuning: stop after this many epochs without a better negative
         log likelihood on a tenth of the rows, held out for it; "auto" takes a tenth of the epochs,
-        at least 20. None trains on all rows. A trained ``module`` holds nothing out."""
+        at least 20, and a fifth of more than 1,000. None trains on all rows. A trained
+        ``module`` holds nothing out."""
 
 
 @documented(

@@ -66,6 +66,16 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 _HELD_OUT_ROWS = 8192
+# Steps of a fit, where epochs are not given and 20 of them are fewer.
+_STEPS = 5000
+
+
+def _auto_patience(n_epochs: int) -> int:
+    """Epochs without a better held-out score after which ``patience="auto"`` stops."""
+    # Beyond 1000 epochs there are few rows: an epoch is few steps, and the score is noisy.
+    return max(20, n_epochs // (5 if n_epochs > 1000 else 10))
+
+
 # Parameters that do not change the result: a fit may be resumed with others.
 _ASIDE = (
     "callbacks",
@@ -577,7 +587,7 @@ class Estimator(BaseEstimator, ABC):
     def _n_epochs(self, data: TrainingData) -> int:
         if self.max_epochs is not None:
             return self.max_epochs
-        return min(1000, max(20, math.ceil(5000 / len(data.batches))))
+        return max(20, math.ceil(_STEPS / len(data.batches)))
 
     def _train(
         self,
@@ -592,7 +602,7 @@ class Estimator(BaseEstimator, ABC):
         """Run the training loop with this estimator's settings."""
         held_out = data.held_out
         n_epochs = self._n_epochs(data)
-        patience = max(20, n_epochs // 10) if self.patience == "auto" else self.patience
+        patience = _auto_patience(n_epochs) if self.patience == "auto" else self.patience
 
         def held_out_loss() -> float:
             assert held_out is not None

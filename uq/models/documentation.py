@@ -28,7 +28,8 @@ noise : {"homoscedastic", "heteroscedastic"}, default="homoscedastic"
 
 _HELD_OUT = """\
 Stop after this many epochs without a better negative log likelihood on a tenth of the rows,
-        held out for it, and keep the best weights; "auto" takes a tenth of the epochs, at least 20.
+        held out for it, and keep the best weights; "auto" takes a tenth of the epochs, at least 20,
+        and a fifth of more than 1,000: few rows make short epochs and a noisy score.
         None trains on all rows to the end. A DataLoader holds nothing out."""
 
 _TAIL = """\
@@ -76,7 +77,7 @@ def documented(
     own: str = "",
     held_out: str = _HELD_OUT,
     hidden: str = "(64, 64)",
-    steps: str = "5,000 steps, within 20 to 1,000",
+    steps: str = "5,000 steps, and at least 20",
 ) -> Callable[[type[T]], type[T]]:
     """Fill the shared parts into a class docstring: ``{shared}``, ``{tail}``, ``{fitted}``."""
 

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     outputs="features (n, D), and is trained with the rest",
     held_out="""\
 Stop after this many epochs without a better SDM loss on the calibration rows; "auto" takes a
-        tenth of the epochs, at least 20. The best epoch is kept in any case.""",
+        tenth of the epochs, at least 20, and a fifth of more than 1,000. The best epoch is
+        kept in any case.""",
 )
 @estimator
 class SDMClassifier(Classifier):
