@@ -14,7 +14,7 @@ from uq.models.registry import METHODS, Task, estimator_class
 
 # Most rows of a set on which a method is run, and why not on more.
 MAX_ROWS: dict[str, tuple[int, str]] = {
-    "NUTS": (800, "thousands of gradients of all rows: half an hour and more beyond"),
+    "NUTS": (800, "thousands of gradients of all rows: many minutes beyond"),
     "MaskedBNN": (1_100, "thousands of gradients of all rows: many minutes beyond"),
     "gp-sklearn": (2_000, "cubic in the rows, at every step of its optimiser"),
 }
@@ -26,7 +26,7 @@ MAX_CLASSES: dict[str, tuple[int, str]] = {
 
 # Most splits of a set, and why not more.
 MAX_SPLITS: dict[str, tuple[int, str]] = {
-    "NUTS": (1, "5 to 14 CPU minutes a split"),
+    "NUTS": (1, "many CPU minutes a split"),
     "MaskedBNN": (3, "CPU minutes a split"),
 }
 
