@@ -26,6 +26,7 @@ MAJORITY, COVERAGE = 2 / 3, (0.85, 0.95)
 CHEAP, DEAR = 2.0, 10.0
 # Share of the methods that are among the best in rank.
 BEST = 1 / 4
+TABLES = {"uci-regression": "Regression", "uci-classification": "Classes"}
 
 NAMES = {
     "nll": "NLL (nats)",
@@ -288,7 +289,7 @@ def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
         "",
     ]
     rows = []
-    for suite in ("uci-regression", "uci-classification"):
+    for suite in TABLES:
         table = good(tables[suite]) if len(tables[suite]) else tables[suite]
         for method in suite_of(suite).methods:
             if method not in OURS or method == "MAP" or not len(table):
@@ -313,43 +314,107 @@ def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
 # -- when to pick which ----------------------------------------------------------------------------
 
 
-def standing(rows: pd.DataFrame, suite: str, method: str, what: str) -> tuple[str, Ranking | None]:
-    """A sentence on the rank of a method in a suite."""
+def place(rows: pd.DataFrame, method: str) -> tuple[int, Ranking] | None:
+    """Place of a method by its rank in NLL, among the methods of most sets that rank it."""
     for everywhere in (True, False):
         ranking = average_ranks(rows, "nll", everywhere=everywhere) if len(rows) else None
         if ranking is not None and method in ranking.ranks:
-            rank, k = ranking.ranks[method], len(ranking.ranks)
-            place = int((ranking.ranks < rank).sum()) + 1
-            behind = rank - ranking.ranks.iloc[0]
-            among = (
-                "not told from the best"
-                if behind <= ranking.critical
-                else "significantly behind the best"
-            )
-            text = (
-                f"{what}: place {place} of {k} in NLL (average rank {rank:.1f} over "
-                f"{ranking.n_sets} sets; {among})."
-            )
-            return text, ranking
-    return f"{what}: not ranked (no set on which it and the others ran).", None
+            return int((ranking.ranks < ranking.ranks[method]).sum()) + 1, ranking
+    return None
+
+
+def mean_coverage(rows: pd.DataFrame, method: str) -> pd.Series | None:
+    """Coverage of a method's 90 % intervals, by set."""
+    part = rows[rows["method"] == method] if len(rows) else rows
+    return part.groupby("set")["coverage_90"].mean() if len(part) else None
+
+
+def beside_map(rows: pd.DataFrame, metric: str, method: str) -> tuple[float, float] | None:
+    """Means over sets of a method and of MAP, on splits that both have."""
+    if method == "MAP" or metric not in rows:
+        return None
+    table = common_splits(rows[rows["method"].isin((method, "MAP"))], metric)
+    found = table.groupby(level="set").mean().mean()
+    return (found[method], found["MAP"]) if {method, "MAP"} <= set(found.index) else None
+
+
+def strange_beside_map(rows: pd.DataFrame, method: str) -> tuple[float, float] | None:
+    """Mean AUROC over all kinds of strange images, of a method and of MAP."""
+    kinds = [c for c in rows if c.startswith("auroc_") and c != "auroc_errors"]
+    pairs = [p for c in kinds if (p := beside_map(rows, c, method))]
+    return tuple(np.mean(pairs, axis=0)) if pairs else None
+
+
+def toy_place(rows: pd.DataFrame, method: str) -> tuple[int, int] | None:
+    """Place by mean rank of the distance to the reference, and of how many methods."""
+    if not len(rows) or "distance" not in rows or not (rows["method"] == method).any():
+        return None
+    means = rows.pivot_table(index="method", columns="set", values="distance")
+    order = means.rank().mean(axis=1)
+    return int((order < order[method]).sum()) + 1, len(order)
+
+
+def fit_ratio(rows: dict[str, pd.DataFrame], method: str) -> float | None:
+    """CPU time of a fit over MAP's, on tables."""
+    ratios = [
+        r
+        for suite in TABLES
+        if len(rows[suite])
+        and np.isfinite(r := relative_cost(rows[suite], "fit_cpu_seconds", method))
+    ]
+    return float(np.exp(np.mean(np.log(ratios)))) if ratios and method != "MAP" else None
+
+
+def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
+    """All methods in one table."""
+    found = []
+    for method in METHODS.values():
+        name = method.name
+        cells = [f"**{name}**"]
+        for suite in TABLES:
+            at = place(rows[suite], name)
+            sets = f", {at[1].n_sets} sets" if at else ""
+            cells.append(f"{at[0]} of {len(at[1].ranks)}{sets}" if at else "")
+        coverage = mean_coverage(rows["uci-regression"], name)
+        ece = beside_map(rows["uci-classification"], "ece_debiased", name)
+        strange = strange_beside_map(rows["images"], name)
+        toys, ratio = toy_place(rows["toys"], name), fit_ratio(rows, name)
+        cells += [
+            f"{coverage.mean():.0%}" if coverage is not None else "",
+            f"{ece[0]:.3f} ({ece[1]:.3f})" if ece else "",
+            f"{strange[0]:.3f} ({strange[1]:.3f})" if strange else "",
+            f"{toys[0]} of {toys[1]}" if toys else "",
+            number(ratio) if ratio else "",
+        ]
+        found.append(cells)
+    header = [
+        "",
+        "NLL, regression",
+        "NLL, classes",
+        "90 % coverage",
+        "ECE (MAP's)",
+        "strange images, AUROC (MAP's)",
+        "nearness to the posterior",
+        "fit over MAP's",
+    ]
+    return [
+        "Places among our methods and the peers that ran on the same sets; 1 is the best.",
+        "",
+        *markdown(header, found),
+    ]
 
 
 def advice_lines(tables: dict[str, pd.DataFrame]) -> Lines:
-    """A paragraph for each method, of sentences whose numbers are looked up."""
+    """An overview, and a paragraph for each method of sentences whose numbers are looked up."""
     rows = {name: good(t) if len(t) else t for name, t in tables.items()}
-    lines: Lines = []
+    lines = overview_lines(rows)
     for method in METHODS.values():
         text, picks = [], []
-        for suite, what in (("uci-regression", "Regression"), ("uci-classification", "Classes")):
+        for suite, what in TABLES.items():
             table = rows[suite]
             if len(table) and (table["method"] == method.name).any():
-                sentence, ranking = standing(table, suite, method.name, what)
-                text.append(sentence)
-                if ranking is not None:
-                    place = (ranking.ranks < ranking.ranks[method.name]).sum() + 1
-                    if place <= BEST * len(ranking.ranks):
-                        picks.append(f"the NLL of {what.lower()}")
-        text += _coverage_sentence(rows["uci-regression"], method.name, picks)
+                text += _standing(table, method.name, what, picks)
+        text += _coverage_sentence(rows["uci-regression"], method.name)
         text += _ece_sentence(rows["uci-classification"], method.name, picks)
         text += _image_sentence(rows["images"], method.name, picks)
         text += _toy_sentence(rows["toys"], method.name, picks)
@@ -364,14 +429,27 @@ def advice_lines(tables: dict[str, pd.DataFrame]) -> Lines:
     return lines
 
 
-def _coverage_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    part = rows[rows["method"] == method] if len(rows) else rows
-    if not len(part):
+def _standing(rows: pd.DataFrame, method: str, what: str, picks: list[str]) -> list[str]:
+    at = place(rows, method)
+    if at is None:
+        return [f"{what}: not ranked (no set on which it and the others ran)."]
+    i, ranking = at
+    rank, k = ranking.ranks[method], len(ranking.ranks)
+    near = rank - ranking.ranks.iloc[0] <= ranking.critical
+    if i <= BEST * k:
+        picks.append(f"the NLL of {what.lower()}")
+    return [
+        f"{what}: place {i} of {k} in NLL (average rank {rank:.1f} over {ranking.n_sets} sets; "
+        f"{'not told from' if near else 'significantly behind'} the best)."
+    ]
+
+
+def _coverage_sentence(rows: pd.DataFrame, method: str) -> list[str]:
+    by_set = mean_coverage(rows, method)
+    if by_set is None:
         return []
-    by_set = part.groupby("set")["coverage_90"].mean()
     low, high = COVERAGE
     if low <= by_set.mean() <= high:
-        picks.append("intervals as they are")
         verdict = "calibrated enough to use as they are"
     else:
         verdict = "conformalise them" if by_set.mean() < low else "wider than they need be"
@@ -381,18 +459,9 @@ def _coverage_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> lis
     ]
 
 
-def _best_by_set(rows: pd.DataFrame, metric: str, method: str) -> tuple[float, float] | None:
-    """Means over sets of a method and of MAP, on splits that both have."""
-    if metric not in rows:
-        return None
-    table = common_splits(rows[rows["method"].isin((method, "MAP"))], metric)
-    found = table.groupby(level="set").mean().mean()
-    return (found[method], found["MAP"]) if {method, "MAP"} <= set(found.index) else None
-
-
 def _ece_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    pair = _best_by_set(rows, "ece_debiased", method) if len(rows) else None
-    if pair is None or method == "MAP":
+    pair = beside_map(rows, "ece_debiased", method)
+    if pair is None:
         return []
     if pair[0] < pair[1]:
         picks.append("calibrated class probabilities")
@@ -400,39 +469,27 @@ def _ece_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str
 
 
 def _image_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    if not len(rows) or method == "MAP":
+    pair = strange_beside_map(rows, method)
+    if pair is None:
         return []
-    kinds = [c for c in rows if c.startswith("auroc_") and c != "auroc_errors"]
-    pairs = [p for c in kinds if (p := _best_by_set(rows, c, method))]
-    if not pairs:
-        return []
-    ours, theirs = np.mean(pairs, axis=0)
-    if ours > theirs:
+    if pair[0] > pair[1]:
         picks.append("finding strange images")
-    return [f"Strange images: mean AUROC {ours:.3f}, MAP's {theirs:.3f}."]
+    return [f"Strange images: mean AUROC {pair[0]:.3f}, MAP's {pair[1]:.3f}."]
 
 
 def _toy_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    if not len(rows) or "distance" not in rows or not (rows["method"] == method).any():
+    at = toy_place(rows, method)
+    if at is None:
         return []
-    means = rows.pivot_table(index="method", columns="set", values="distance")
-    order = means.rank().mean(axis=1)
-    place = int((order < order[method]).sum()) + 1
-    if place <= BEST * len(order):
+    if at[0] <= BEST * at[1]:
         picks.append("nearness to the exact posterior")
-    return [f"Distance to the exact or NUTS predictive: place {place} of {len(order)} on toys."]
+    return [f"Distance to the exact or NUTS predictive: place {at[0]} of {at[1]} on toys."]
 
 
 def _cost_sentence(rows: dict[str, pd.DataFrame], method: str, picks: list[str]) -> list[str]:
-    ratios = [
-        r
-        for suite in ("uci-regression", "uci-classification")
-        if len(rows[suite])
-        and np.isfinite(r := relative_cost(rows[suite], "fit_cpu_seconds", method))
-    ]
-    if not ratios or method == "MAP":
+    ratio = fit_ratio(rows, method)
+    if ratio is None:
         return []
-    ratio = float(np.exp(np.mean(np.log(ratios))))
     if ratio <= CHEAP:
         picks.append("a small budget")
     size = "cheap" if ratio <= CHEAP else "dear" if ratio > DEAR else "moderate"
