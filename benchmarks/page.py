@@ -298,8 +298,9 @@ def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
             if pairs.empty:
                 continue
             won = int((pairs[method] <= pairs["MAP"]).sum())
-            verdicts = [won >= MAJORITY * len(pairs)]
-            cells = [suite, method, f"{won}/{len(pairs)}", "yes" if verdicts[0] else "**no**"]
+            verdict = "yes" if won >= MAJORITY * len(pairs) else "**no**"
+            difference = (pairs[method] - pairs["MAP"]).median()
+            cells = [suite, method, f"{won}/{len(pairs)}", verdict, f"{difference:+.3f}"]
             if suite == "uci-regression":
                 by_set = table[table["method"] == method].groupby("set")["coverage_90"].mean()
                 held = low <= by_set.mean() <= high
@@ -307,7 +308,15 @@ def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
             else:
                 cells += ["", ""]
             rows.append(cells)
-    header = ["suite", "estimator", "sets as good as MAP", "", "coverage of 90 %", ""]
+    header = [
+        "suite",
+        "estimator",
+        "sets as good as MAP",
+        "",
+        "median difference of NLL (nats)",
+        "coverage of 90 %",
+        "",
+    ]
     return [*lines, *(markdown(header, rows) if rows else ["No rows yet.", ""])]
 
 
