@@ -127,3 +127,15 @@ def test_ivon_beats_its_deterministic_twin_on_noisy_labels():
         twin = uq.MAPClassifier(**settings).fit(X[train], noisy)
         assert ivon.log_score(X[test], y[test]) > twin.log_score(X[test], y[test])
         assert torch.isfinite(ivon.predict_distribution(X[test]).epistemic).all()
+
+
+@pytest.mark.parametrize("kind", [uq.MAPRegressor, uq.IVONRegressor, uq.VBLLRegressor])
+def test_few_rows_are_not_left_on_a_plateau(kind):
+    """60 rows of a cubic: training is counted in steps, not in epochs of one step each."""
+    noise, rng = 3.0, np.random.default_rng(0)
+    x, x_test = rng.uniform(-4, 4, 60), rng.uniform(-4, 4, 2000)
+    y = x**3 + noise * rng.standard_normal(60)
+    model = kind(hidden=(32,), random_state=0).fit(x[:, None], y)
+    left = np.mean((model.predict(x_test[:, None]) - x_test**3) ** 2)
+    # The best straight line leaves E x⁶ − (E x⁴)² / E x², all of the curve.
+    assert left < 4**6 * (1 / 7 - 3 / 25) / 4

@@ -337,10 +337,10 @@ class Estimator(BaseEstimator, ABC):
         """Whether averaging the gradients of several processes is all that the method needs."""
         return False
 
-    @property
-    def _held_out_share(self) -> float:
-        """Share of the rows that early stopping watches."""
-        return 0.1
+    def _n_held_out(self, n: int) -> int:
+        """How many of n rows early stopping watches."""
+        # A score on a handful of rows would choose the epoch by chance.
+        return max(1, round(0.1 * n), min(20, round(0.3 * n)))
 
     @property
     def _standardizes(self) -> bool:
@@ -505,7 +505,7 @@ class Estimator(BaseEstimator, ABC):
         Classes are split evenly; one that has a single row is trained on.
         """
         rows = np.arange(len(y))
-        n_held = max(1, round(self._held_out_share * len(y)))
+        n_held = self._n_held_out(len(y))
         if self.patience is None:
             return rows, rows[:0]
         strata, single = None, rows[:0]

@@ -27,9 +27,10 @@ noise : {"homoscedastic", "heteroscedastic"}, default="homoscedastic"
         One learned noise level per target, or one that the network predicts at each input."""
 
 _HELD_OUT = """\
-Stop after this many epochs without a better negative log likelihood on a tenth of the rows,
-        held out for it, and keep the best weights; "auto" takes a tenth of the epochs, at least 20,
-        and a fifth of more than 1,000: few rows make short epochs and a noisy score.
+Stop after this many epochs without a better negative log likelihood on a tenth of the rows
+        (at least 20, or 30 % of fewer than 67), held out for it, and keep the best weights; "auto"
+        takes a tenth of the epochs, at least 20, and a fifth of more than 1,000: few rows make
+        short epochs and a noisy score.
         None trains on all rows to the end. A DataLoader holds nothing out."""
 
 _TAIL = """\

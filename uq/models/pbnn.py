@@ -85,9 +85,8 @@ class _PartialBNN(Estimator):
                 f"{type(self).__name__}: refresh must be True, False or None, got {self.refresh!r}."
             )
 
-    @property
-    def _held_out_share(self) -> float:
-        return self.validation_fraction
+    def _n_held_out(self, n: int) -> int:
+        return max(1, round(self.validation_fraction * n))
 
     def _n_epochs(self, data: TrainingData) -> int:
         if self.max_epochs is not None:
