@@ -34,7 +34,7 @@ from uq import (
 from uq.nn import ConvNet
 
 EPOCHS = {"cifar10_2k": 30, "fashion_10k": 10, "fashion_full": 5}
-SPLITS = {"cifar10_2k": 3, "fashion_10k": 3, "fashion_full": 1}
+SPLITS = {"cifar10_2k": 2, "fashion_10k": 2, "fashion_full": 1}
 
 
 def conv(shape: Any, d_out: int) -> nn.Module:

@@ -251,7 +251,7 @@ def left_out(name: str, method: str, split: int) -> str:
 
 SUITE = Suite(
     name="toys",
-    sets=dict.fromkeys(TOYS, 5),
+    sets=dict.fromkeys(TOYS, 3),
     methods={m: both(m) for m in {**REGRESSORS, **CLASSIFIERS}},
     load=load,
     score=score,

@@ -174,8 +174,8 @@ def test_defaults_are_judged_by_the_rule(tmp_path):
     rows += made_up_rows("uci-regression", ["IVON"], sets, rng, nll=0.9, coverage_90=0.9)
     rows += made_up_rows("uci-regression", ["VBLL"], sets, rng, nll=1.1, coverage_90=0.99)
     text = render(written(tmp_path, "uci-regression", rows)).read_text()
-    assert "| uci-regression | IVON | 3/3 | yes | 90.0% | yes |" in text
-    assert "| uci-regression | VBLL | 0/3 | **no** | 99.0% | **no** |" in text
+    assert "| uci-regression | IVON | 3/3 | yes | -0.100 | 90.0% | yes |" in text
+    assert "| uci-regression | VBLL | 0/3 | **no** | +0.100 | 99.0% | **no** |" in text
 
 
 def test_claims_look_up_numbers_and_say_where_there_are_none():
