@@ -332,7 +332,7 @@ def place(rows: pd.DataFrame, method: str) -> tuple[int, Ranking] | None:
     return None
 
 
-def mean_coverage(rows: pd.DataFrame, method: str) -> pd.Series | None:
+def coverage_by_set(rows: pd.DataFrame, method: str) -> pd.Series | None:
     """Coverage of a method's 90 % intervals, by set."""
     part = rows[rows["method"] == method] if len(rows) else rows
     return part.groupby("set")["coverage_90"].mean() if len(part) else None
@@ -384,7 +384,7 @@ def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
             at = place(rows[suite], name)
             sets = f", {at[1].n_sets} sets" if at else ""
             cells.append(f"{at[0]} of {len(at[1].ranks)}{sets}" if at else "")
-        coverage = mean_coverage(rows["uci-regression"], name)
+        coverage = coverage_by_set(rows["uci-regression"], name)
         ece = beside_map(rows["uci-classification"], "ece_debiased", name)
         strange = strange_beside_map(rows["images"], name)
         toys, ratio = toy_place(rows["toys"], name), fit_ratio(rows, name)
@@ -454,7 +454,7 @@ def _standing(rows: pd.DataFrame, method: str, what: str, picks: list[str]) -> l
 
 
 def _coverage_sentence(rows: pd.DataFrame, method: str) -> list[str]:
-    by_set = mean_coverage(rows, method)
+    by_set = coverage_by_set(rows, method)
     if by_set is None:
         return []
     low, high = COVERAGE

@@ -129,7 +129,7 @@ def test_ivon_beats_its_deterministic_twin_on_noisy_labels():
         assert torch.isfinite(ivon.predict_distribution(X[test]).epistemic).all()
 
 
-@pytest.mark.parametrize("kind", [uq.MAPRegressor, uq.IVONRegressor, uq.VBLLRegressor])
+@pytest.mark.parametrize("kind", [uq.MAPRegressor, uq.EnsembleRegressor, uq.VBLLRegressor])
 def test_few_rows_are_not_left_on_a_plateau(kind):
     """60 rows of a cubic: training is counted in steps, not in epochs of one step each."""
     noise, rng = 3.0, np.random.default_rng(0)

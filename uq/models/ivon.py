@@ -311,11 +311,11 @@ class _IVON(Estimator):
 
 
 _PARAMETERS = """\
-prior_scale : float, default={prior_scale}
+prior_scale : float, default=0.4
         Standard deviation of the Gaussian prior on every weight: smaller for few or noisy rows
-        (0.2), larger for many clean ones (1.0). 1.0 for real targets; 0.4 for classes, as a wide
-        prior lets a classifier over-fit noisy labels before its curvature has settled. Weight
-        decays of other optimizers do not carry over.
+        (0.2), larger for clean ones (1.0). A wide prior lets noisy rows be over-fitted before the
+        curvature has settled; a narrow one smooths a clean curve away. Weight decays of other
+        optimizers do not carry over.
     init_std : float, default=0.02
         Posterior standard deviation at the start; much above 0.1 drowns a small network in noise.
     beta2 : float, optional
@@ -333,7 +333,7 @@ prior_scale : float, default={prior_scale}
         posteriors ("multi-IVON")."""
 
 
-@documented(lr="0.1", own=_PARAMETERS.replace("{prior_scale}", "0.4"))
+@documented(lr="0.1", own=_PARAMETERS)
 @estimator
 class IVONClassifier(_IVON, Classifier):
     """Classify with a Gaussian posterior over all weights, learned by IVON.
@@ -379,7 +379,7 @@ class IVONClassifier(_IVON, Classifier):
     """
 
 
-@documented(lr="0.1", own=_PARAMETERS.replace("{prior_scale}", "1.0"))
+@documented(lr="0.1", own=_PARAMETERS)
 @estimator
 class IVONRegressor(_IVON, NetworkRegressor):
     """Predict real targets with a Gaussian posterior over all weights, learned by IVON.
@@ -421,5 +421,3 @@ class IVONRegressor(_IVON, NetworkRegressor):
     >>> bool((lower < upper).all())
     True
     """
-
-    prior_scale: float = 1.0
