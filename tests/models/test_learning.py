@@ -129,7 +129,7 @@ def test_ivon_beats_its_deterministic_twin_on_noisy_labels():
         assert torch.isfinite(ivon.predict_distribution(X[test]).epistemic).all()
 
 
-@pytest.mark.parametrize("kind", [uq.MAPRegressor, uq.EnsembleRegressor, uq.VBLLRegressor])
+@pytest.mark.parametrize("kind", [uq.MAPRegressor, uq.VBLLRegressor])
 def test_few_rows_are_not_left_on_a_plateau(kind):
     """60 rows of a cubic: training is counted in steps, not in epochs of one step each."""
     noise, rng = 3.0, np.random.default_rng(0)
@@ -139,3 +139,14 @@ def test_few_rows_are_not_left_on_a_plateau(kind):
     left = np.mean((model.predict(x_test[:, None]) - x_test**3) ** 2)
     # The best straight line leaves E x⁶ − (E x⁴)² / E x², all of the curve.
     assert left < 4**6 * (1 / 7 - 3 / 25) / 4
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "epochs"), [(40, 64, 5000), (160, 64, 1667), (400, None, 1000)]
+)
+def test_steps_by_default(n, batch_size, epochs):
+    """5,000 steps, but for many rows in one batch."""
+    X = np.random.default_rng(0).normal(size=(n, 2))
+    settings = {"hidden": (), "patience": None, "random_state": 0}
+    model = uq.MAPRegressor(batch_size=batch_size, **settings).fit(X, X.sum(1))
+    assert model.n_epochs_ == epochs

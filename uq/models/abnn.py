@@ -371,7 +371,7 @@ module : torch.nn.Module or callable, optional
         statistics; "auto" freezes them below 1,000 rows or 16 rows a batch.
     base_max_epochs : int, optional
         Passes over the data of the training before, where ``module`` is no trained network; by
-        default as many as give about 5,000 steps, and at least 20.
+        default as many as give about 5,000 steps, at least 20, and at most 1,000 beyond 320 rows.
     base_lr : float, default=3e-3
         Peak learning rate of that training, by Adam.
     prior_scale : float, default=1.0

@@ -66,8 +66,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 _HELD_OUT_ROWS = 8192
-# Steps of a fit, where epochs are not given and 20 of them are fewer.
-_STEPS = 5000
+# Steps of a fit and rows of each, where epochs are not given.
+_STEPS, _ROWS = 5000, 64
 
 
 def _auto_patience(n_epochs: int) -> int:
@@ -587,7 +587,9 @@ class Estimator(BaseEstimator, ABC):
     def _n_epochs(self, data: TrainingData) -> int:
         if self.max_epochs is not None:
             return self.max_epochs
-        return max(20, math.ceil(_STEPS / len(data.batches)))
+        # More than 1000 for few rows alone: large batches of many rows are dear steps.
+        most = max(1000, math.ceil(_STEPS * _ROWS / data.n_effective))
+        return min(most, max(20, math.ceil(_STEPS / len(data.batches))))
 
     def _train(
         self,

@@ -78,7 +78,7 @@ def documented(
     own: str = "",
     held_out: str = _HELD_OUT,
     hidden: str = "(64, 64)",
-    steps: str = "5,000 steps, and at least 20",
+    steps: str = "5,000 steps, at least 20, and at most 1,000 beyond 320 rows",
 ) -> Callable[[type[T]], type[T]]:
     """Fill the shared parts into a class docstring: ``{shared}``, ``{tail}``, ``{fitted}``."""
 
