@@ -106,6 +106,8 @@ def test_an_empty_layer_is_a_constant():
 
 
 @pytest.mark.statistical
+# Short chains: rounding, which differs between processors, decides how many trajectories diverge.
+@pytest.mark.filterwarnings("ignore:.* trajectories after warm-up were divergent")
 def test_features_that_matter_are_included():
     X, y = ramp(150, 5, seed=2)
     settings = QUICK | {"n_chains": 4, "n_warmup": 250, "n_draws": 40, "n_mask_moves": 10}
