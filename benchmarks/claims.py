@@ -470,6 +470,7 @@ CLAIMS = (
         "Müller et al. 2022, table 1 (21 OpenML sets, 30 rows)",
         "UCI classification: share of sets with an NLL at least as good as gb-isotonic, of no more "
         "training rows than the contexts that its weights were trained on; reference: of all sets",
+        # max_context in the model card, uq/weights/tabular-classification.md
         wins("uci-classification", "nll", "PFN", "gb-isotonic", most_rows=1000),
         wins("uci-classification", "nll", "PFN", "gb-isotonic"),
         lambda a, b: min(a.values()) >= 0.5,

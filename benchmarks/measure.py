@@ -33,18 +33,22 @@ def paired(
     }
 
 
+def is_target(target: str) -> bool:
+    """Whether there is something to meet: an empty text or one in brackets is no target."""
+    return bool(target) and not target.startswith("(")
+
+
 def row(
     name: str, unit: str, target: str, met: bool | None, measured: dict[str, Any]
 ) -> dict[str, Any]:
-    """Row of a table of speed; a target that is empty or in brackets is none, and met is None."""
-    judged = target and not target.startswith("(")
+    """Row of a table of speed; ``met`` is None where there is no target to meet."""
     rounded = {k: float(f"{v:.4g}") for k, v in measured.items()}
     return {
         "benchmark": name,
         "unit": unit,
         **rounded,
         "target": target,
-        "met": met if judged else None,
+        "met": met if is_target(target) else None,
     }
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from benchmarks import harness
 from benchmarks.claims import CLAIMS, NotRun, Results
 from benchmarks.harness import Suite, suite_of
+from benchmarks.measure import is_target
 from benchmarks.ranks import Ranking, average_ranks, common_splits, draw
 from benchmarks.run import TASKS
 from uq.models.registry import METHODS
@@ -198,12 +199,16 @@ def rank_lines(rows: pd.DataFrame, suite: str, metric: str, plots: Path) -> Line
     return lines
 
 
+def is_of_strange(metric: str) -> bool:
+    """Whether a column is the AUROC of strange images."""
+    return metric.startswith("auroc_") and metric != "auroc_errors"
+
+
 def strange_lines(rows: pd.DataFrame, suite: Suite) -> Lines:
     """AUROC of strange images, and NLL on rotated ones."""
     lines: Lines = ["### Strange and rotated images", ""]
     for metric in rows.columns:
-        of_kind = metric.startswith("auroc_") and metric != "auroc_errors"
-        if of_kind:
+        if is_of_strange(metric):
             lines += folded(f"AUROC: {metric[6:]}", metric_table(rows, suite, metric))
         elif metric.startswith("nll_"):
             lines += folded(f"NLL, rotated by {metric[4:]}", metric_table(rows, suite, metric))
@@ -304,9 +309,8 @@ def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
             difference = (pairs[method] - pairs["MAP"]).median()
             cells = [suite, method, f"{won}/{len(pairs)}", verdict, f"{difference:+.3f}"]
             if suite == "uci-regression":
-                by_set = table[table["method"] == method].groupby("set")["coverage_90"].mean()
-                held = low <= by_set.mean() <= high
-                cells += [f"{by_set.mean():.1%}", "yes" if held else "**no**"]
+                coverage = coverage_by_set(table, method).mean()
+                cells += [f"{coverage:.1%}", "yes" if low <= coverage <= high else "**no**"]
             else:
                 cells += ["", ""]
             rows.append(cells)
@@ -334,10 +338,10 @@ def place(rows: pd.DataFrame, method: str) -> tuple[int, Ranking] | None:
     return None
 
 
-def coverage_by_set(rows: pd.DataFrame, method: str) -> pd.Series | None:
-    """Coverage of a method's 90 % intervals, by set."""
+def coverage_by_set(rows: pd.DataFrame, method: str) -> pd.Series:
+    """Coverage of a method's 90 % intervals by set; empty where there is none."""
     part = rows[rows["method"] == method] if len(rows) else rows
-    return part.groupby("set")["coverage_90"].mean() if len(part) else None
+    return part.groupby("set")["coverage_90"].mean() if len(part) else pd.Series(dtype=float)
 
 
 def beside_map(rows: pd.DataFrame, metric: str, method: str) -> tuple[float, float] | None:
@@ -351,8 +355,7 @@ def beside_map(rows: pd.DataFrame, metric: str, method: str) -> tuple[float, flo
 
 def strange_beside_map(rows: pd.DataFrame, method: str) -> tuple[float, float] | None:
     """Mean AUROC over all kinds of strange images, of a method and of MAP."""
-    kinds = [c for c in rows if c.startswith("auroc_") and c != "auroc_errors"]
-    pairs = [p for c in kinds if (p := beside_map(rows, c, method))]
+    pairs = [p for c in rows if is_of_strange(c) and (p := beside_map(rows, c, method))]
     return tuple(np.mean(pairs, axis=0)) if pairs else None
 
 
@@ -391,7 +394,7 @@ def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
         strange = strange_beside_map(rows["images"], name)
         toys, ratio = toy_place(rows["toys"], name), fit_ratio(rows, name)
         cells += [
-            f"{coverage.mean():.0%}" if coverage is not None else "",
+            f"{coverage.mean():.0%}" if len(coverage) else "",
             f"{ece[0]:.3f} ({ece[1]:.3f})" if ece else "",
             f"{strange[0]:.3f} ({strange[1]:.3f})" if strange else "",
             f"{toys[0]} of {toys[1]}" if toys else "",
@@ -457,7 +460,7 @@ def _standing(rows: pd.DataFrame, method: str, what: str, picks: list[str]) -> l
 
 def _coverage_sentence(rows: pd.DataFrame, method: str) -> list[str]:
     by_set = coverage_by_set(rows, method)
-    if by_set is None:
+    if by_set.empty:
         return []
     low, high = COVERAGE
     if low <= by_set.mean() <= high:
@@ -549,8 +552,8 @@ def speed_lines(whole: dict[str, list[dict[str, Any]]]) -> Lines:
         for r in found:
             if "benchmark" not in r or r.get("ratio") is None or "target" not in r:
                 continue
-            judged = r["target"] and not r["target"].startswith("(")  # "(for comparison)"
-            met = {True: "yes", False: "**no**"}.get(r.get("met"), "") if judged else ""
+            met = {True: "yes", False: "**no**"}.get(r.get("met"), "")
+            met = met if is_target(r["target"]) else ""  # older rows say yes to none
             span = ""
             if r.get("ratio_min") is not None:
                 span = f"{number(r['ratio_min'])} to {number(r['ratio_max'])}"
@@ -559,8 +562,7 @@ def speed_lines(whole: dict[str, list[dict[str, Any]]]) -> Lines:
     verdicts = [row[-1] for row in rows if row[-1]]
     return [
         f"Ratios of alternating repeats in one process, {verdicts.count('yes')} of {len(verdicts)} "
-        "within their target; "
-        "made by `python -m benchmarks.run SUITE`.",
+        "within their target; made by `python -m benchmarks.run SUITE`.",
         "",
         *folded("All ratios", markdown(header, rows)),
     ]
