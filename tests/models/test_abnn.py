@@ -136,6 +136,34 @@ def test_random_priors_and_regression_bins(loss_norm, random_prior):
     assert np.isfinite(model.log_score(X, np.stack([y, -y], 1)))
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1.0])
+def test_a_step_is_that_of_squared_error_whatever_the_noise(spread):
+    """A network that fits closely has large gradients, which must not make its step larger."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    X = torch.randn(60, 2, dtype=torch.float64)
+    with torch.no_grad():
+        y = net(X)[:, 0] + spread * torch.randn(60, dtype=torch.float64)
+    model = ABNNRegressor(
+        module=net,
+        alpha=0.0,
+        n_members=1,
+        include_original=False,
+        max_epochs=1,
+        batch_size=None,
+        milestones=(),
+        weight_decay=0.0,
+        precision="64-true",
+    ).fit(X.numpy(), y.numpy())
+    residual = (net(X)[:, 0] - y) / y.std(correction=0)
+    (0.5 * residual.square().mean()).backward()
+    tuned = model.posterior_.members
+    moved = [v[0] for k, v in tuned.items() if v[0].shape == (8,)]
+    # Nesterov's first step is (1 + momentum) lr times the gradient.
+    for after, before in zip(moved, [net[1].weight, net[1].bias], strict=True):
+        torch.testing.assert_close(after, before - 1.9 * 5e-3 * before.grad)
+
+
 def test_epistemic_grows_with_alpha():
     X, y = wine()
     net = network(nn.LayerNorm(8), nn.BatchNorm1d(8))

@@ -266,7 +266,7 @@ class _ABNN(PointEstimator):
                 parameter.requires_grad_(name in names)
         optimizer = torch.optim.SGD(
             [p for p in network.parameters() if p.requires_grad],
-            self.lr,
+            self.lr * self._loss_unit(network, data),
             momentum=_MOMENTUM,
             nesterov=True,
             weight_decay=self.weight_decay,
@@ -287,6 +287,10 @@ class _ABNN(PointEstimator):
 
     def _meet_checkpoint(self, network: Network, data: TrainingData) -> None:
         """Learn what a trained ``module`` does not hold."""
+
+    def _loss_unit(self, network: Network, data: TrainingData) -> float:
+        """What makes the loss's mean curvature in the outputs one, at most: a factor on ``lr``."""
+        return 1.0
 
     # -- beyond prediction -------------------------------------------------------------------
 
@@ -474,7 +478,9 @@ class ABNNRegressor(_ABNN, NetworkRegressor):
     -----
     The paper has no regression: loss and noise are those of the likelihood, and the predictive is
     the mixture of all draws' Normals. The homoscedastic noise of a trained ``module`` starts at its
-    residuals on the rows given. ``stop_reason_`` is "untuned" where no step was taken.
+    residuals on the rows given. Fine-tuning multiplies ``lr`` by the harmonic mean of the noise
+    variances (standardised), so that its steps are those of squared error, however closely the
+    network fits. ``stop_reason_`` is "untuned" where no step was taken.
 
     References
     ----------
@@ -506,6 +512,21 @@ class ABNNRegressor(_ABNN, NetworkRegressor):
 
     def _edges(self, data: TrainingData) -> Tensor | None:
         return None if self.random_prior == 1 else quantile_edges(data.batches, _TARGET_BINS)
+
+    @torch.no_grad()
+    def _loss_unit(self, network: Network, data: TrainingData) -> float:
+        """Harmonic mean of the noise variances.
+
+        Gradients grow with 1 / variance: little noise would make plain SGD diverge.
+        """
+        network.eval()
+        precision, count = 0.0, 0
+        with without_noise(network):
+            for x, *_ in data.batches:
+                scale = network(x)[1]
+                precision += float(scale.double().pow(-2).sum())
+                count += scale.numel()
+        return count / precision
 
     @torch.no_grad()
     def _meet_checkpoint(self, network: Network, data: TrainingData) -> None:
