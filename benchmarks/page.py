@@ -344,19 +344,37 @@ def coverage_by_set(rows: pd.DataFrame, method: str) -> pd.Series:
     return part.groupby("set")["coverage_90"].mean() if len(part) else pd.Series(dtype=float)
 
 
-def beside_map(rows: pd.DataFrame, metric: str, method: str) -> tuple[float, float] | None:
-    """Means over sets of a method and of MAP, on splits that both have."""
-    if method == "MAP" or metric not in rows:
-        return None
-    table = common_splits(rows[rows["method"].isin((method, "MAP"))], metric)
-    found = table.groupby(level="set").mean().mean()
-    return (found[method], found["MAP"]) if {method, "MAP"} <= set(found.index) else None
+def beside_map(rows: pd.DataFrame, metrics: Iterable[str], method: str) -> pd.DataFrame:
+    """Means by set and metric of a method and of MAP, on splits that both have."""
+    part = rows[rows["method"].isin((method, "MAP"))] if len(rows) and method != "MAP" else rows[:0]
+    found = [
+        common_splits(part, m).groupby(level="set").mean()
+        for m in metrics
+        if m in part and set(part.loc[part[m].notna(), "method"]) == {method, "MAP"}
+    ]
+    return pd.concat(found).dropna() if found else pd.DataFrame(columns=[method, "MAP"])
 
 
-def strange_beside_map(rows: pd.DataFrame, method: str) -> tuple[float, float] | None:
-    """Mean AUROC over all kinds of strange images, of a method and of MAP."""
-    pairs = [p for c in rows if is_of_strange(c) and (p := beside_map(rows, c, method))]
-    return tuple(np.mean(pairs, axis=0)) if pairs else None
+def mostly_better(pairs: pd.DataFrame, method: str, *, high: bool = False) -> bool:
+    """Whether a method beats MAP on a clear majority, and on average."""
+    gain = (pairs[method] - pairs["MAP"]) * (1 if high else -1)
+    return len(pairs) > 0 and (gain > 0).mean() >= MAJORITY and gain.mean() > 0
+
+
+def strange_beside_map(rows: pd.DataFrame, method: str) -> pd.DataFrame:
+    """AUROC of all kinds of strange images, of a method and of MAP."""
+    return beside_map(rows, filter(is_of_strange, rows.columns), method)
+
+
+def both(pairs: pd.DataFrame, method: str) -> str:
+    """A method's mean, and MAP's in brackets."""
+    return f"{pairs[method].mean():.3f} ({pairs['MAP'].mean():.3f})" if len(pairs) else ""
+
+
+def error_ratio(rows: pd.DataFrame, method: str) -> float:
+    """Geometric mean over sets of the RMSE over MAP's."""
+    pairs = beside_map(rows, ["rmse"], method)
+    return float(np.exp(np.log(pairs[method] / pairs["MAP"]).mean())) if len(pairs) else np.nan
 
 
 def toy_place(rows: pd.DataFrame, method: str) -> tuple[int, int] | None:
@@ -390,13 +408,15 @@ def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
             sets = f", {at[1].n_sets} sets" if at else ""
             cells.append(f"{at[0]} of {len(at[1].ranks)}{sets}" if at else "")
         coverage = coverage_by_set(rows["uci-regression"], name)
-        ece = beside_map(rows["uci-classification"], "ece_debiased", name)
-        strange = strange_beside_map(rows["images"], name)
+        classes = rows["uci-classification"]
         toys, ratio = toy_place(rows["toys"], name), fit_ratio(rows, name)
+        errors = error_ratio(rows["uci-regression"], name)
         cells += [
+            number(errors) if np.isfinite(errors) else "",
+            both(beside_map(classes, ["accuracy"], name), name),
             f"{coverage.mean():.0%}" if len(coverage) else "",
-            f"{ece[0]:.3f} ({ece[1]:.3f})" if ece else "",
-            f"{strange[0]:.3f} ({strange[1]:.3f})" if strange else "",
+            both(beside_map(classes, ["ece_debiased"], name), name),
+            both(strange_beside_map(rows["images"], name), name),
             f"{toys[0]} of {toys[1]}" if toys else "",
             number(ratio) if ratio else "",
         ]
@@ -405,6 +425,8 @@ def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
         "",
         "NLL, regression",
         "NLL, classes",
+        "RMSE over MAP's",
+        "accuracy (MAP's)",
         "90 % coverage",
         "ECE (MAP's)",
         "strange images, AUROC (MAP's)",
@@ -428,8 +450,9 @@ def advice_lines(tables: dict[str, pd.DataFrame]) -> Lines:
             table = rows[suite]
             if len(table) and (table["method"] == method.name).any():
                 text += _standing(table, method.name, what, picks)
+        text += _error_sentence(rows["uci-regression"], method.name)
         text += _coverage_sentence(rows["uci-regression"], method.name)
-        text += _ece_sentence(rows["uci-classification"], method.name, picks)
+        text += _class_sentence(rows["uci-classification"], method.name, picks)
         text += _image_sentence(rows["images"], method.name, picks)
         text += _toy_sentence(rows["toys"], method.name, picks)
         text += _cost_sentence(rows, method.name, picks)
@@ -473,22 +496,31 @@ def _coverage_sentence(rows: pd.DataFrame, method: str) -> list[str]:
     ]
 
 
-def _ece_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    pair = beside_map(rows, "ece_debiased", method)
-    if pair is None:
+def _error_sentence(rows: pd.DataFrame, method: str) -> list[str]:
+    ratio = error_ratio(rows, method)
+    return [f"Its RMSE is {number(ratio)} times MAP's."] if np.isfinite(ratio) else []
+
+
+def _class_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
+    ece = beside_map(rows, ["ece_debiased"], method)
+    if ece.empty:
         return []
-    if pair[0] < pair[1]:
+    if mostly_better(ece, method):
         picks.append("calibrated class probabilities")
-    return [f"Mean debiased ECE {pair[0]:.3f}, MAP's {pair[1]:.3f}."]
+    right = beside_map(rows, ["accuracy"], method)
+    return [
+        f"Beside MAP's in brackets: accuracy {both(right, method)}, debiased ECE "
+        f"{both(ece, method)}."
+    ]
 
 
 def _image_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    pair = strange_beside_map(rows, method)
-    if pair is None:
+    pairs = strange_beside_map(rows, method)
+    if pairs.empty:
         return []
-    if pair[0] > pair[1]:
+    if mostly_better(pairs, method, high=True):
         picks.append("finding strange images")
-    return [f"Strange images: mean AUROC {pair[0]:.3f}, MAP's {pair[1]:.3f}."]
+    return [f"Strange images: AUROC {both(pairs, method)}."]
 
 
 def _toy_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
