@@ -115,6 +115,21 @@ def test_best_is_bold_and_fewer_splits_are_said():
     assert "**0.880" in page.metric_table(coverage, suite, "coverage_90")[2]
 
 
+def test_better_than_map_is_a_clear_majority_and_the_mean():
+    rows = table(
+        {s: {"a": [a, 9.0], "MAP": [2.0]} for s, a in (("s", 1.0), ("t", 1.0), ("u", 3.0))}
+    )
+    pairs = page.beside_map(rows, ["nll", "not there"], "a")
+    assert pairs["a"].to_list() == [1.0, 1.0, 3.0]  # split 1 is not MAP's
+    assert page.mostly_better(pairs, "a")
+    assert not page.mostly_better(pairs, "a", high=True)
+    assert not page.mostly_better(pairs[1:], "a")  # one of two
+    assert not page.mostly_better(pairs.replace(3.0, 9.0), "a")  # the mean is worse
+    assert page.error_ratio(rows.rename(columns={"nll": "rmse"}), "a") == pytest.approx(
+        (0.5 * 0.5 * 1.5) ** (1 / 3)
+    )
+
+
 # -- the page --------------------------------------------------------------------------------------
 
 
