@@ -90,10 +90,11 @@ def test_the_median_of_many_rows_is_that_of_a_sample(monkeypatch):
 def test_fit_from_a_file_learns_what_fit_from_memory_learns(table, tmp_path, method):
     from uq.models.registry import estimator_class
 
+    few = {"n_members": 2} if method == "ensemble" else {}
     model = estimator_class(method, "classification")(
-        hidden=(16,), max_epochs=8, patience=None, random_state=0, lr=0.02
+        hidden=(16,), max_epochs=8, patience=None, random_state=0, lr=0.02, **few
     )
-    stream = TableStream(write(table, tmp_path, "parquet"), "bought", chunk_rows=100)
+    stream = TableStream(write(table, tmp_path, "parquet"), "bought", chunk_rows=250)
     streamed = uq.TableModel(model).fit(stream)
     X, y = table.drop(columns="bought"), table.bought
     direct = uq.TableModel(model).fit(X, y)

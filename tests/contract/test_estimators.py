@@ -349,7 +349,7 @@ def test_heteroscedastic_noise(method, task):
     assert model.predict_distribution(X).aleatoric.std() > 0
 
 
-@every
+@every_compiled
 def test_inside_scikit_learn(method, task):
     X, y = data(task)
     model = make(method, task)
