@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.data import DATA
-from benchmarks.measure import paired, row
+from benchmarks.measure import mean_rows, paired, row
 from uq import ETPClassifier, EvidentialClassifier, EvidentialRegressor, MAPClassifier
 from uq.calibration import (
     EvidenceScaling,
@@ -94,19 +94,7 @@ def benchmark_speed() -> list[Row]:
 
 def averaged(part: str, rows: list[Row], keys: list[str]) -> list[Row]:
     """Means over seeds, with standard errors."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for r in rows:
-        groups.setdefault(tuple(r[k] for k in keys), []).append(r)
-    found = []
-    for group in groups.values():
-        out: Row = {"part": part, **{k: group[0][k] for k in keys}, "seeds": len(group)}
-        for name in group[0]:
-            if name not in (*keys, "seed"):
-                values = np.array([r[name] for r in group])
-                out[name] = round(float(values.mean()), 4)
-                out[f"{name}_se"] = round(float(values.std(ddof=1) / len(values) ** 0.5), 4)
-        found.append(out)
-    return found
+    return [{"part": part, **r} for r in mean_rows(rows, keys, over="seed")]
 
 
 def scores(dist: Any, y: np.ndarray) -> Row:

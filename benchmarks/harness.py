@@ -66,6 +66,8 @@ class Suite:
     """Metrics of a fitted model on a split, of this set and number."""
     left_out: Callable[[str, str, int], str] = lambda name, method, split: ""
     """Why a method is not run on a split of a set; empty where it is."""
+    prepare: Callable[[str, int], object] = lambda name, split: None
+    """What the scores of a split need of all methods, made before the first of its tasks."""
 
     def tasks(self) -> Iterator[Task]:
         """All tasks in the order of work."""
@@ -155,6 +157,11 @@ def code_version() -> str:
         return version("uq")
 
 
+def version_and_date() -> Row:
+    """What the rows are of."""
+    return {"code": code_version(), "date": datetime.now(UTC).date().isoformat()}
+
+
 def provenance(package: str) -> Row:
     """Versions, processor and date."""
     found = machine()
@@ -162,7 +169,7 @@ def provenance(package: str) -> Row:
         found[package] = version(package)
     except PackageNotFoundError:
         found[package] = "not installed"
-    return {**found, "code": code_version(), "date": datetime.now(UTC).date().isoformat()}
+    return {**found, **version_and_date()}
 
 
 # -- one task --------------------------------------------------------------------------------------
@@ -307,6 +314,8 @@ def run(
     lock, added = threading.Lock(), []
 
     def work(i: int, task: Task) -> None:
+        with lock:
+            suite.prepare(task.set, task.split)
         left = end - time.monotonic()
         found = runner(name, task, left) if left > 0 else None
         if found is None:

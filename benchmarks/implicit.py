@@ -444,6 +444,11 @@ def fitted(model: Any) -> NormalMixture:
 
 PREDICTIVES: dict[str, Callable[[int], NormalMixture]] = {
     "implicit VI, L'": lambda seed: fitted(ImplicitVIRegressor(**IMPLICIT, random_state=seed)),
+    "implicit VI, L', prior weight 0.1": lambda seed: fitted(
+        ImplicitVIRegressor(
+            **IMPLICIT | {"prior_scale": TOY_PRIOR / math.sqrt(0.1)}, random_state=seed
+        )
+    ),
     "implicit VI, L', no warm-up": lambda seed: fitted(
         ImplicitVIRegressor(**IMPLICIT, kl_warmup=0.0, random_state=seed)
     ),

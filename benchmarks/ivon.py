@@ -252,6 +252,7 @@ def summary(name: str, values: list[float]) -> dict[str, Any]:
         "mean": round(float(array.mean()), 4),
         "standard_error": round(float(error), 4),
         "seeds": len(array),
+        "each": [float(f"{v:.4g}") for v in values],
     }
 
 

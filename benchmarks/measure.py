@@ -34,8 +34,8 @@ def paired(
 
 
 def is_target(target: str) -> bool:
-    """Whether there is something to meet: an empty text or one in brackets is no target."""
-    return bool(target) and not target.startswith("(")
+    """Whether there is something to meet: an empty text, a dash or one in brackets is no target."""
+    return target not in ("", "-") and not target.startswith("(")
 
 
 def row(
@@ -53,7 +53,7 @@ def row(
 
 
 def mean_rows(rows: list[dict[str, Any]], by: list[str], over: str) -> list[dict[str, Any]]:
-    """Mean and standard error of every number over seeds or splits, for each group."""
+    """Mean, standard error and values of every number over seeds or splits, for each group."""
     table = pd.DataFrame(rows)
     found = []
     for key, part in table.groupby(by, sort=False):
@@ -63,6 +63,7 @@ def mean_rows(rows: list[dict[str, Any]], by: list[str], over: str) -> list[dict
             if len(values):
                 row[score] = float(f"{values.mean():.4g}")
                 row[f"{score}_se"] = float(f"{values.sem():.2g}")
+                row[f"{score}_each"] = [float(f"{v:.4g}") for v in values]
         found.append(row)
     return found
 

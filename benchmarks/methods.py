@@ -56,7 +56,22 @@ def ours(
     return {m.name: maker(key, m.name) for key, m in METHODS.items() if task in m.tasks}
 
 
+# Tells what ABNN's network brings from what its noise and its members bring.
+NORM = "MAP-norm"
+
+
+def map_with_norm(task: Task) -> Method:
+    """MAP on the network that ABNN takes: with layer normalisation."""
+
+    def make(name: str, seed: int) -> Any:
+        module = peers.mlp_with_norm
+        return estimator_class("map", task)(module=module, device="cpu", random_state=seed)
+
+    return Method(make)
+
+
 REGRESSION_PEERS = {
+    NORM: map_with_norm("regression"),
     "ridge": Method(lambda name, seed: peers.Ridge(), "scikit-learn"),
     "gp-sklearn": Method(lambda name, seed: peers.SklearnGP(seed), "scikit-learn"),
     "quantile-gb": Method(lambda name, seed: peers.QuantileBoosting(seed), "scikit-learn"),
@@ -70,6 +85,7 @@ REGRESSION_PEERS = {
     ),
 }
 CLASS_PEERS = {
+    NORM: map_with_norm("classification"),
     "logistic": Method(lambda name, seed: peers.logistic_regression(), "scikit-learn"),
     "gb-isotonic": Method(lambda name, seed: peers.boosting_isotonic(seed), "scikit-learn"),
     "random-forest": Method(lambda name, seed: peers.random_forest(seed), "scikit-learn"),

@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import harness
-from benchmarks.claims import CLAIMS, NotRun, Results
+from benchmarks.claims import CLAIMS, Measured, NotRun, Results, Share
 from benchmarks.harness import Suite, suite_of
 from benchmarks.measure import is_target
-from benchmarks.ranks import Ranking, average_ranks, common_splits, draw
+from benchmarks.ranks import Ranking, average_ranks, common_splits, draw, ranks_around
 from benchmarks.run import TASKS
+from benchmarks.toys import same_model
 from uq.models.registry import METHODS
 
 Lines = list[str]
@@ -27,6 +28,10 @@ MAJORITY, COVERAGE = 2 / 3, (0.85, 0.95)
 CHEAP, DEAR = 2.0, 10.0
 # Share of the methods that are among the best in rank.
 BEST = 1 / 4
+# Fewest tables, and toys or kinds of strange images, from which anything is concluded.
+TABLES_LEAST, OTHERS_LEAST = 6, 3
+# Fewest values of which a standard error is shown.
+ERROR_LEAST = 3
 TABLES = {"uci-regression": "Regression", "uci-classification": "Classes"}
 
 NAMES = {
@@ -114,7 +119,7 @@ def with_error(mean: float, error: float) -> str:
 
 
 def metric_table(table: pd.DataFrame, suite: Suite, metric: str) -> Lines:
-    """Mean ± standard error over splits, methods × sets; the best of a set is bold."""
+    """Mean ± standard error over splits, methods × sets; the best of all splits is bold."""
     if metric not in table or table[metric].notna().sum() == 0:
         return ["No rows yet.", ""]
     groups = table.pivot_table(
@@ -122,8 +127,9 @@ def metric_table(table: pd.DataFrame, suite: Suite, metric: str) -> Lines:
     )
     mean, count = (in_order(groups[k], suite) for k in ("mean", "count"))
     error = groups["sem"].reindex_like(mean) if "sem" in groups else mean * np.nan
+    error = error.where(count >= ERROR_LEAST)
     most = count.max()
-    worse = (mean - NEAR[metric]).abs() if metric in NEAR else mean
+    worse = ((mean - NEAR[metric]).abs() if metric in NEAR else mean).where(count == most)
     best = worse.max() if metric.startswith(HIGH) else worse.min()
     rows = []
     for method in mean.index:
@@ -156,8 +162,9 @@ def suite_lines(suite: Suite, table: pd.DataFrame, plots: Path) -> Lines:
         (import_module(f"benchmarks.{suite.name.replace('-', '_')}").__doc__ or "").strip(),
         "",
         f"Made by {command(suite.name)}; {len(table)} of {planned} planned rows are there. "
-        "Mean ± standard error over splits; the number of splits stands beside the set, and "
-        "beside a cell that has fewer. Bold is the best mean of a set, italic is a peer.",
+        f"Mean ± standard error over splits (of {ERROR_LEAST} or more); the number of splits "
+        "stands beside the set, and beside a cell that has fewer. Bold is the best mean of those "
+        "with all splits, italic is a peer.",
         "",
     ]
     if not len(rows):
@@ -191,7 +198,9 @@ def rank_lines(rows: pd.DataFrame, suite: str, metric: str, plots: Path) -> Line
         lines += [
             f"{title.capitalize()}: {len(ranking.ranks)} methods, {ranking.n_sets} sets, means "
             f"over the splits that all of them have: {splits}. Bars join methods whose ranks "
-            f"differ by less than the critical difference {ranking.critical:.2f} (Nemenyi, 5 %).",
+            f"differ by less than the critical difference {ranking.critical:.2f} (Nemenyi, 5 %, "
+            "which grows with the number of methods); that all are alike has "
+            f"p = {ranking.p_value:.1g} (Friedman).",
             "",
             f"![{NAMES[metric]}, {title}](results/plots/{name})",
             "",
@@ -286,6 +295,11 @@ def against_map(rows: pd.DataFrame, method: str) -> pd.DataFrame:
     return found.dropna() if {method, "MAP"} <= set(found.columns) else pd.DataFrame()
 
 
+def as_good(pairs: pd.DataFrame, method: str) -> bool:
+    """Whether a method is at least as good as MAP on a clear majority."""
+    return len(pairs) > 0 and bool((pairs[method] <= pairs["MAP"]).mean() >= MAJORITY)
+
+
 def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
     """Each estimator out of the box against MAP out of the box."""
     low, high = COVERAGE
@@ -305,7 +319,7 @@ def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
             if pairs.empty:
                 continue
             won = int((pairs[method] <= pairs["MAP"]).sum())
-            verdict = "yes" if won >= MAJORITY * len(pairs) else "**no**"
+            verdict = "yes" if as_good(pairs, method) else "**no**"
             difference = (pairs[method] - pairs["MAP"]).median()
             cells = [suite, method, f"{won}/{len(pairs)}", verdict, f"{difference:+.3f}"]
             if suite == "uci-regression":
@@ -330,12 +344,11 @@ def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
 
 
 def place(rows: pd.DataFrame, method: str) -> tuple[int, Ranking] | None:
-    """Place of a method by its rank in NLL, among the methods of most sets that rank it."""
-    for everywhere in (True, False):
-        ranking = average_ranks(rows, "nll", everywhere=everywhere) if len(rows) else None
-        if ranking is not None and method in ranking.ranks:
-            return int((ranking.ranks < ranking.ranks[method]).sum()) + 1, ranking
-    return None
+    """Place of a method in NLL among those that have all of its sets and splits."""
+    ranking = ranks_around(rows, "nll", method) if len(rows) else None
+    if ranking is None:
+        return None
+    return int((ranking.ranks < ranking.ranks[method]).sum()) + 1, ranking
 
 
 def coverage_by_set(rows: pd.DataFrame, method: str) -> pd.Series:
@@ -355,10 +368,12 @@ def beside_map(rows: pd.DataFrame, metrics: Iterable[str], method: str) -> pd.Da
     return pd.concat(found).dropna() if found else pd.DataFrame(columns=[method, "MAP"])
 
 
-def mostly_better(pairs: pd.DataFrame, method: str, *, high: bool = False) -> bool:
-    """Whether a method beats MAP on a clear majority, and on average."""
+def mostly_better(
+    pairs: pd.DataFrame, method: str, *, high: bool = False, least: int = OTHERS_LEAST
+) -> bool:
+    """Whether a method beats MAP on a clear majority, and on average, of ``least`` or more."""
     gain = (pairs[method] - pairs["MAP"]) * (1 if high else -1)
-    return len(pairs) > 0 and (gain > 0).mean() >= MAJORITY and gain.mean() > 0
+    return len(pairs) >= least and bool((gain > 0).mean() >= MAJORITY and gain.mean() > 0)
 
 
 def strange_beside_map(rows: pd.DataFrame, method: str) -> pd.DataFrame:
@@ -371,30 +386,31 @@ def both(pairs: pd.DataFrame, method: str) -> str:
     return f"{pairs[method].mean():.3f} ({pairs['MAP'].mean():.3f})" if len(pairs) else ""
 
 
-def error_ratio(rows: pd.DataFrame, method: str) -> float:
-    """Geometric mean over sets of the RMSE over MAP's."""
-    pairs = beside_map(rows, ["rmse"], method)
+def ratio_to_map(pairs: pd.DataFrame, method: str) -> float:
+    """Geometric mean of a method's values over MAP's."""
     return float(np.exp(np.log(pairs[method] / pairs["MAP"]).mean())) if len(pairs) else np.nan
 
 
-def toy_place(rows: pd.DataFrame, method: str) -> tuple[int, int] | None:
-    """Place by mean rank of the distance to the reference, and of how many methods."""
-    if not len(rows) or "distance" not in rows or not (rows["method"] == method).any():
-        return None
-    means = rows.pivot_table(index="method", columns="set", values="distance")
-    order = means.rank().mean(axis=1)
-    return int((order < order[method]).sum()) + 1, len(order)
+def toys_beside_map(rows: pd.DataFrame, method: str) -> pd.DataFrame:
+    """Distances to the posterior of a method's own model, and MAP's, by toy."""
+    pairs = beside_map(rows, ["distance"], method)
+    return pairs[[same_model(str(toy), method) for toy in pairs.index]]
+
+
+def of_sets(value: float, pairs: pd.DataFrame) -> str:
+    """A number, and of how many sets it is."""
+    return f"{number(value)}, {len(pairs)} sets" if len(pairs) else ""
 
 
 def fit_ratio(rows: dict[str, pd.DataFrame], method: str) -> float | None:
-    """CPU time of a fit over MAP's, on tables."""
+    """CPU time of a fit over MAP's, on tables; None where there is none."""
     ratios = [
         r
         for suite in TABLES
         if len(rows[suite])
         and np.isfinite(r := relative_cost(rows[suite], "fit_cpu_seconds", method))
     ]
-    return float(np.exp(np.mean(np.log(ratios)))) if ratios and method != "MAP" else None
+    return float(np.exp(np.mean(np.log(ratios)))) if ratios else None
 
 
 def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
@@ -407,17 +423,18 @@ def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
             at = place(rows[suite], name)
             sets = f", {at[1].n_sets} sets" if at else ""
             cells.append(f"{at[0]} of {len(at[1].ranks)}{sets}" if at else "")
-        coverage = coverage_by_set(rows["uci-regression"], name)
-        classes = rows["uci-classification"]
-        toys, ratio = toy_place(rows["toys"], name), fit_ratio(rows, name)
-        errors = error_ratio(rows["uci-regression"], name)
+        regression, classes = rows["uci-regression"], rows["uci-classification"]
+        coverage, ratio = coverage_by_set(regression, name), fit_ratio(rows, name)
+        errors, toys = beside_map(regression, ["rmse"], name), toys_beside_map(rows["toys"], name)
+        images = beside_map(rows["images"], ["nll"], name)
         cells += [
-            number(errors) if np.isfinite(errors) else "",
+            of_sets(ratio_to_map(errors, name), errors),
             both(beside_map(classes, ["accuracy"], name), name),
             f"{coverage.mean():.0%}" if len(coverage) else "",
             both(beside_map(classes, ["ece_debiased"], name), name),
+            f"{(images[name] < images['MAP']).sum()} of {len(images)}" if len(images) else "",
             both(strange_beside_map(rows["images"], name), name),
-            f"{toys[0]} of {toys[1]}" if toys else "",
+            of_sets(ratio_to_map(toys, name), toys).replace("sets", "toys"),
             number(ratio) if ratio else "",
         ]
         found.append(cells)
@@ -429,14 +446,23 @@ def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
         "accuracy (MAP's)",
         "90 % coverage",
         "ECE (MAP's)",
+        "image sets with a better NLL than MAP's",
         "strange images, AUROC (MAP's)",
-        "nearness to the posterior",
-        "fit over MAP's",
+        "distance to the posterior over MAP's",
+        "fit over MAP's, tables",
     ]
     return [
-        "Places among our methods and the peers that ran on the same sets; 1 is the best.",
+        "Places in average rank among our methods and the peers that have all of a method's sets "
+        "and splits; 1 is the best. What stands beside MAP's is over the splits that both have.",
         "",
         *markdown(header, found),
+        f"A method is picked for the NLL of a kind of table if it is in the best {BEST:.0%} of "
+        f"{TABLES_LEAST} sets or more; for calibrated class probabilities, strange images or "
+        f"nearness to the posterior if it beats MAP on {MAJORITY:.0%} of {TABLES_LEAST} sets "
+        f"({OTHERS_LEAST} kinds of images or toys) or more and on average; for a small budget if a "
+        f"fit takes at most {CHEAP:.0f} times MAP's CPU time and its NLL is as good as MAP's on "
+        f"{MAJORITY:.0%} of a kind of table.",
+        "",
     ]
 
 
@@ -461,7 +487,7 @@ def advice_lines(tables: dict[str, pd.DataFrame]) -> Lines:
         elif picks:
             text.append(f"Pick it for {', '.join(picks)}.")
         else:
-            text.append("Nothing measured here speaks for it over the others.")
+            text.append("By these rules nothing speaks for it over the others.")
         lines += [f"**{method.name}** ({method.cost}). " + " ".join(text), ""]
     return lines
 
@@ -469,11 +495,11 @@ def advice_lines(tables: dict[str, pd.DataFrame]) -> Lines:
 def _standing(rows: pd.DataFrame, method: str, what: str, picks: list[str]) -> list[str]:
     at = place(rows, method)
     if at is None:
-        return [f"{what}: not ranked (no set on which it and the others ran)."]
+        return [f"{what}: not ranked (fewer than two sets or methods)."]
     i, ranking = at
     rank, k = ranking.ranks[method], len(ranking.ranks)
     near = rank - ranking.ranks.iloc[0] <= ranking.critical
-    if i <= BEST * k:
+    if i <= BEST * k and ranking.n_sets >= TABLES_LEAST:
         picks.append(f"the NLL of {what.lower()}")
     return [
         f"{what}: place {i} of {k} in NLL (average rank {rank:.1f} over {ranking.n_sets} sets; "
@@ -486,26 +512,32 @@ def _coverage_sentence(rows: pd.DataFrame, method: str) -> list[str]:
     if by_set.empty:
         return []
     low, high = COVERAGE
-    if low <= by_set.mean() <= high:
+    within = int(by_set.between(low, high).sum())
+    if by_set.mean() < low:
+        verdict = "conformalise them"
+    elif by_set.mean() > high:
+        verdict = "wider than they need be"
+    elif within >= MAJORITY * len(by_set):
         verdict = "calibrated enough to use as they are"
     else:
-        verdict = "conformalise them" if by_set.mean() < low else "wider than they need be"
+        verdict = "right on average alone, so conformalise them"
     return [
         f"Its 90 % intervals hold {by_set.mean():.0%} on average, {by_set.min():.0%} to "
-        f"{by_set.max():.0%} by set: {verdict}."
+        f"{by_set.max():.0%} by set, {low:.0%} to {high:.0%} on {within} of {len(by_set)}: "
+        f"{verdict}."
     ]
 
 
 def _error_sentence(rows: pd.DataFrame, method: str) -> list[str]:
-    ratio = error_ratio(rows, method)
-    return [f"Its RMSE is {number(ratio)} times MAP's."] if np.isfinite(ratio) else []
+    pairs = beside_map(rows, ["rmse"], method)
+    return [f"Its RMSE is {number(ratio_to_map(pairs, method))} times MAP's."] if len(pairs) else []
 
 
 def _class_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
     ece = beside_map(rows, ["ece_debiased"], method)
     if ece.empty:
         return []
-    if mostly_better(ece, method):
+    if mostly_better(ece, method, least=TABLES_LEAST):
         picks.append("calibrated class probabilities")
     right = beside_map(rows, ["accuracy"], method)
     return [
@@ -515,63 +547,76 @@ def _class_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[s
 
 
 def _image_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    pairs = strange_beside_map(rows, method)
-    if pairs.empty:
+    strange, nll = strange_beside_map(rows, method), beside_map(rows, ["nll"], method)
+    if strange.empty:
         return []
-    if mostly_better(pairs, method, high=True):
+    if mostly_better(strange, method, high=True):
         picks.append("finding strange images")
-    return [f"Strange images: AUROC {both(pairs, method)}."]
+    gains = ", ".join(f"{name} {x:+.3f}" for name, x in (nll[method] - nll["MAP"]).items())
+    return [f"Images: NLL less MAP's {gains}; AUROC of strange ones {both(strange, method)}."]
 
 
 def _toy_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    at = toy_place(rows, method)
-    if at is None:
+    pairs = toys_beside_map(rows, method)
+    if pairs.empty:
         return []
-    if at[0] <= BEST * at[1]:
+    if mostly_better(pairs, method):
         picks.append("nearness to the exact posterior")
-    return [f"Distance to the exact or NUTS predictive: place {at[0]} of {at[1]} on toys."]
+    ratio = number(ratio_to_map(pairs, method))
+    return [f"Its distance to the posterior is {ratio} times MAP's ({len(pairs)} toys)."]
 
 
 def _cost_sentence(rows: dict[str, pd.DataFrame], method: str, picks: list[str]) -> list[str]:
     ratio = fit_ratio(rows, method)
     if ratio is None:
         return []
-    if ratio <= CHEAP:
+    pairs = [against_map(rows[suite], method) for suite in TABLES if len(rows[suite])]
+    if method == "MAP" or (ratio <= CHEAP and any(as_good(p, method) for p in pairs)):
         picks.append("a small budget")
+    if method == "MAP":
+        return []
     size = "cheap" if ratio <= CHEAP else "dear" if ratio > DEAR else "moderate"
-    return [f"A fit takes {number(ratio)} times MAP's CPU time ({size})."]
+    return [f"A fit on a table takes {number(ratio)} times MAP's CPU time ({size})."]
 
 
 # -- papers, speed, calibration --------------------------------------------------------------------
 
 
 def shown(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {number(value)}" for name, value in values.items())
+    """Named numbers, with their standard errors where they have one."""
+    parts = []
+    for name, value in values.items():
+        if isinstance(value, Share):
+            parts.append(f"{value.k} of {value.n} {name}")
+        else:
+            error = value.error if isinstance(value, Measured) else np.nan
+            parts.append(f"{name} {with_error(value, error)}")
+    return ", ".join(parts)
 
 
 def claim_lines(results: Results) -> Lines:
     """A table a method: what its paper claims, and what was found here."""
-    lines: Lines = []
+    lines: Lines = [
+        "A claim that one is better than another holds, or does not, where they differ by more "
+        "than two standard errors of the difference; one of most sets where a sign test says so "
+        'at 5 %. Otherwise it is "not decided". Reasons are conjectures. Reference: the method '
+        "beside it, in the same run; what a paper says where so marked.",
+        "",
+    ]
+    words = {True: "holds", False: "**does not hold**", None: "not decided"}
     for method in dict.fromkeys(c.method for c in CLAIMS):
         rows = []
         for c in (c for c in CLAIMS if c.method == method):
+            row = [c.claim, c.source, c.setting]
             try:
                 ours = c.ours(results)
-            except NotRun:
-                rows.append([c.claim, c.source, c.setting, "not run", "", "not run"])
-                continue
-            try:
                 theirs = c.reference(results) if c.reference else {}
-                held = c.holds(ours, theirs)
-                verdict = (
-                    "holds"
-                    if held
-                    else "**does not hold**" + (f": {c.why_not}" if c.why_not else "")
-                )
-                reference = shown(theirs)
             except NotRun:
-                verdict, reference = "not run", "not run"
-            rows.append([c.claim, c.source, c.setting, shown(ours), reference, verdict])
+                rows.append([*row, "not run", "", "not run"])
+                continue
+            held = c.holds(ours, theirs)
+            why = f": {c.why_not}" if c.why_not and not held else ""
+            rows.append([*row, shown(ours), shown(theirs), words[held] + why])
         header = ["claim", "source", "setting here", "ours", "reference", "holds"]
         lines += [f"### {method}", "", *markdown(header, rows)]
     return lines
@@ -628,7 +673,7 @@ def calibration_lines(rows: list[dict[str, Any]]) -> Lines:
     return lines
 
 
-def spent_lines(tables: dict[str, pd.DataFrame], sizes: dict[str, str]) -> Lines:
+def spent_lines(tables: dict[str, pd.DataFrame], files: dict[str, dict[str, Any]]) -> Lines:
     """Hours by suite, and where and with what they were spent."""
     rows = []
     for name, table in tables.items():
@@ -641,13 +686,22 @@ def spent_lines(tables: dict[str, pd.DataFrame], sizes: dict[str, str]) -> Lines
             f"{m} {s / table['task_seconds'].sum():.0%}" for m, s in by_method.head(4).items()
         )
         rows.append([name, len(table), f"{hours:.2f}", most, command(name)])
-    lines = markdown(["suite", "rows", "hours, summed over processes", "most", "command"], rows)
-    every = (
-        pd.concat([t for t in tables.values() if len(t)])
-        if any(map(len, tables.values()))
-        else None
-    )
-    if every is not None:
+    for name, file in files.items():
+        hours = f"{file['seconds'] / 3600:.2f}" if "seconds" in file else ""
+        of = ", ".join(file[k] for k in ("code", "date") if k in file)
+        made = f"`python -m benchmarks.run {name}`"
+        rows.append([name, len(file["results"]), hours, of, made])
+    header = ["suite", "rows", "hours, summed over processes", "most, or code and date", "command"]
+    lines = [
+        "Hours of the rows that are shown, without those that later ones replaced; a suite that "
+        "was measured before its hours were kept has none. A command goes on where rows are "
+        "missing; `--again` measures all anew.",
+        "",
+        *markdown(header, rows),
+    ]
+    measured = [t for t in tables.values() if len(t)]
+    if measured:
+        every = pd.concat(measured)
         names = ("cpu", "cores", "threads", "python", "torch", "pyro-ppl", "scikit-learn", "code")
         said = [
             f"{name}: {', '.join(sorted(map(str, every[name].dropna().unique())))}"
@@ -655,8 +709,9 @@ def spent_lines(tables: dict[str, pd.DataFrame], sizes: dict[str, str]) -> Lines
             if name in every
         ]
         lines += ["Rows were measured with " + "; ".join(said) + ".", ""]
-    if sizes:
-        lines += ["The other suites were measured on " + "; ".join(sizes.values()) + ".", ""]
+    machines = {", ".join(f"{k} {v}" for k, v in f["machine"].items()) for f in files.values()}
+    if machines:
+        lines += ["The other suites were measured on " + "; ".join(sorted(machines)) + ".", ""]
     return lines
 
 
@@ -668,12 +723,6 @@ def render(out: Path = harness.RESULTS) -> Path:
     files = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json"))}
     whole = {name: found["results"] for name, found in files.items()}
     results = Results(whole, {n: good(t) if len(t) else t for n, t in tables.items()})
-    machines = {
-        json.dumps(f["machine"], sort_keys=True): ", ".join(
-            f"{k} {v}" for k, v in f["machine"].items()
-        )
-        for f in files.values()
-    }
     lines = [
         "# Results",
         "",
@@ -697,7 +746,7 @@ def render(out: Path = harness.RESULTS) -> Path:
         "Paper rows": lambda: claim_lines(results),
         "Speed against peers": lambda: speed_lines(whole),
         "Calibration": lambda: calibration_lines(whole.get("calibration", [])),
-        "Compute": lambda: spent_lines(tables, machines),
+        "Compute": lambda: spent_lines(tables, files),
     }
     for title, part in parts.items():
         lines += [f"## {title}", "", *part()]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import rankdata, studentized_range
+from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
 
 def critical_difference(n_methods: int, n_sets: int, alpha: float = 0.05) -> float:
@@ -31,6 +31,8 @@ class Ranking:
     n_sets: int
     n_splits: pd.Series
     """Splits of each set that all of the methods have."""
+    p_value: float
+    """Of Friedman's test that all methods are alike; NaN of fewer than three methods."""
 
     @property
     def critical(self) -> float:
@@ -60,14 +62,26 @@ def average_ranks(rows: pd.DataFrame, metric: str, *, everywhere: bool) -> Ranki
     chosen = rows[rows["set"].isin(means.index) & rows["method"].isin(means.columns)]
     if means.shape[1] < 2 or len(means) < 2:
         return None
-    table = common_splits(chosen, metric)
-    counts = table.groupby(level="set", sort=False).size()
+    return _ranked(common_splits(chosen, metric))
+
+
+def ranks_around(rows: pd.DataFrame, metric: str, method: str) -> Ranking | None:
+    """Ranks over all sets and splits of a method, among the methods that have all of them."""
+    table = rows.pivot_table(index=["set", "split"], columns="method", values=metric)
+    if method not in table:
+        return None
+    return _ranked(table[table[method].notna()].dropna(axis=1, how="any"))
+
+
+def _ranked(table: pd.DataFrame) -> Ranking | None:
     # Infinite NLL is the worst there is, and the same for all that have it.
     means = table.groupby(level="set", sort=False).mean()
-    if len(means) < 2:
+    if means.shape[1] < 2 or len(means) < 2:
         return None
     ranks = pd.DataFrame(rankdata(means, axis=1), columns=means.columns).mean()
-    return Ranking(ranks.sort_values(), len(means), counts)
+    p = friedmanchisquare(*means.T.to_numpy()).pvalue if means.shape[1] > 2 else math.nan
+    counts = table.groupby(level="set", sort=False).size()
+    return Ranking(ranks.sort_values(), len(means), counts, float(p))
 
 
 def cliques(ranks: pd.Series, critical: float) -> list[tuple[float, float]]:

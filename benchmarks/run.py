@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -43,14 +44,18 @@ WHOLE = (
 
 def run_whole(suite: str, out: Path) -> None:
     """Measure everything of a suite, print its tables and write its file."""
+    start = time.perf_counter()
     rows = import_module(f"benchmarks.{suite}").run()
+    seconds = round(time.perf_counter() - start)
     table = pd.DataFrame(rows)
+    table = table.loc[:, [not c.endswith("each") for c in table.columns]]
     # A suite of several parts has a table for each, with the columns that it fills.
     parts = table.groupby("part", sort=False) if "part" in table else [("", table)]
     for _, part in parts:
         print(part.dropna(axis=1, how="all").to_string(index=False), end="\n\n")
     path = out / f"{suite}.json"
-    path.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+    where = {"machine": machine(), "seconds": seconds, **harness.version_and_date()}
+    path.write_text(json.dumps({**where, "results": rows}, indent=1) + "\n")
     print(f"wrote {path}")
 
 

@@ -10,6 +10,10 @@ model; a split is a draw of the data.
   W₁ between predictives in units of the reference's deviation. Classes: mean total variation.
 - ``spread``: mean epistemic uncertainty over the grid, divided by the reference's (standard
   deviations of the function, or mutual information).
+
+The reference has the model of a method where ``same_model`` says so: of a Gaussian process, of
+another network or of PFN's prior the distance is also that of the models. NUTS beside its own
+longer chains shows what is left to chance.
 """
 
 from __future__ import annotations
@@ -219,7 +223,16 @@ def score(model: Any, data: Split, name: str, split: int) -> Row:
 
 # These have no network of 32 units to give, or none without hidden layers.
 OWN_NETWORK = ("GP", "PFN", "PartialBNN", "SDM")
+# Layer normalisation, and a prior over widths.
+OWN_PRIOR = ("ABNN", "MaskedBNN")
 NEEDS_HIDDEN = ("ABNN", "MaskedBNN", "ETP", "SSVI")
+
+
+def same_model(name: str, method: str) -> bool:
+    """Whether the reference on a toy is the posterior of a method's own model, and not its own."""
+    if method in (*OWN_NETWORK, *OWN_PRIOR):
+        return False
+    return method not in NEEDS_HIDDEN if name == "linear" else method != "NUTS"
 
 
 def settings(name: str, method: str) -> Row:
@@ -256,4 +269,5 @@ SUITE = Suite(
     load=load,
     score=score,
     left_out=left_out,
+    prepare=lambda name, split: reference(name, split),
 )

@@ -6,11 +6,21 @@ import pandas as pd
 import pytest
 
 from benchmarks import page
-from benchmarks.claims import CLAIMS, NotRun, Results
+from benchmarks.claims import (
+    CLAIMS,
+    Measured,
+    NotRun,
+    Results,
+    Share,
+    above,
+    every,
+    largest_difference,
+    mostly,
+)
 from benchmarks.page import markdown, newest, render, with_error
-from benchmarks.ranks import average_ranks, cliques, critical_difference
+from benchmarks.ranks import average_ranks, cliques, critical_difference, ranks_around
 from benchmarks.run import TASKS
-from benchmarks.toys import TOYS, exact_linear, load
+from benchmarks.toys import TOYS, exact_linear, load, same_model
 from uq.models.registry import METHODS
 
 
@@ -73,6 +83,27 @@ def test_an_infinite_score_is_the_worst():
     assert average_ranks(rows, "nll", everywhere=True).ranks.to_dict() == {"b": 1.0, "a": 2.0}
 
 
+def test_a_method_is_ranked_among_those_that_have_its_splits():
+    rows = table(
+        {
+            "s": {"a": [1.0, 3.0], "b": [2.0, 1.0], "few": [3.0, 9.0], "one": [0.0]},
+            "t": {"a": [1.0], "b": [2.0], "few": [0.0], "one": [0.0]},
+            "u": {"a": [1.0], "b": [2.0]},
+        }
+    )
+    few, a = (ranks_around(rows, "nll", m) for m in ("few", "a"))
+    # Means of s: a 2, b 1.5, few 6; of t: 1, 2, 0.
+    assert few.ranks.to_dict() == {"a": 2.0, "b": 2.0, "few": 2.0}
+    assert (few.n_sets, a.n_sets, set(a.ranks.index)) == (2, 3, {"a", "b"})
+    assert ranks_around(rows, "nll", "nobody") is None
+
+
+def test_friedman_sees_methods_that_differ():
+    # The largest statistic, N (k - 1) = 20: chi² with 2 degrees of freedom, p = exp(-10).
+    rows = table({f"{i}": {"a": [0.0], "b": [1.0], "c": [2.0]} for i in range(10)})
+    assert average_ranks(rows, "nll", everywhere=True).p_value == pytest.approx(math.exp(-10))
+
+
 def test_bars_join_what_chance_may_order():
     ranks = pd.Series({"a": 1.0, "b": 1.8, "c": 2.6, "d": 4.9})
     assert cliques(ranks, 1.0) == [(1.0, 1.8), (1.8, 2.6)]
@@ -107,12 +138,14 @@ def test_the_newest_arguments_of_a_method_count():
 
 def test_best_is_bold_and_fewer_splits_are_said():
     suite = page.suite_of("uci-regression")
-    rows = table({"yacht": {"MAP": [1.0, 3.0], "ridge": [5.0]}})
+    rows = table({"yacht": {"MAP": [1.0, 2.0, 3.0], "GP": [9.0, 9.0, 9.0], "ridge": [0.5, 0.7]}})
     lines = page.metric_table(rows, suite, "nll")
-    assert lines[0] == "|  | yacht (2) |"
-    assert lines[2:4] == ["| MAP | **2.0 ± 1.0** |", "| *ridge* | 5 (1) |"]
-    coverage = rows.rename(columns={"nll": "coverage_90"}).assign(coverage_90=[0.85, 0.91, 0.7])
-    assert "**0.880" in page.metric_table(coverage, suite, "coverage_90")[2]
+    assert lines[0] == "|  | yacht (3) |"
+    # An error of two values says nothing; a better mean of fewer splits is not the best.
+    assert lines[2:5] == ["| GP | 9 ± 0 |", "| MAP | **2.00 ± 0.58** |", "| *ridge* | 0.6 (2) |"]
+    values = [0.85, 0.88, 0.91, 0.7, 0.7, 0.7, 0.9, 0.9]
+    coverage = rows.rename(columns={"nll": "coverage_90"}).assign(coverage_90=values)
+    assert "**0.880" in page.metric_table(coverage, suite, "coverage_90")[3]
 
 
 def test_better_than_map_is_a_clear_majority_and_the_mean():
@@ -122,12 +155,33 @@ def test_better_than_map_is_a_clear_majority_and_the_mean():
     pairs = page.beside_map(rows, ["nll", "not there"], "a")
     assert pairs["a"].to_list() == [1.0, 1.0, 3.0]  # split 1 is not MAP's
     assert page.mostly_better(pairs, "a")
+    assert not page.mostly_better(pairs, "a", least=4)
     assert not page.mostly_better(pairs, "a", high=True)
     assert not page.mostly_better(pairs[1:], "a")  # one of two
     assert not page.mostly_better(pairs.replace(3.0, 9.0), "a")  # the mean is worse
-    assert page.error_ratio(rows.rename(columns={"nll": "rmse"}), "a") == pytest.approx(
-        (0.5 * 0.5 * 1.5) ** (1 / 3)
-    )
+    assert page.ratio_to_map(pairs, "a") == pytest.approx((0.5 * 0.5 * 1.5) ** (1 / 3))
+
+
+def test_a_majority_within_the_band_is_asked_of_intervals():
+    def verdict(*coverages):
+        rows = pd.DataFrame({"set": range(len(coverages)), "coverage_90": coverages, "method": "a"})
+        return page._coverage_sentence(rows, "a")[0]
+
+    assert "calibrated enough" in verdict(0.9, 0.86, 0.97)
+    assert "right on average alone" in verdict(0.9, 0.8, 1.0)
+    assert "conformalise them" in verdict(0.9, 0.7, 0.9)
+    assert "wider than they need be" in verdict(0.96, 0.97, 0.99)
+
+
+def test_a_small_budget_asks_for_the_nll_too():
+    rng = np.random.default_rng(0)
+    made = made_up_rows("uci-regression", ["MAP"], ["yacht", "boston"], rng, nll=1.0)
+    for nll, picked in ((0.9, True), (1.1, False)):
+        more = made_up_rows("uci-regression", ["IVON"], ["yacht", "boston"], rng, nll=nll)
+        rows = {"uci-regression": pd.DataFrame(made + more), "uci-classification": pd.DataFrame()}
+        picks = []
+        page._cost_sentence(rows, "IVON", picks)
+        assert picks == ["a small budget"] * picked
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -202,6 +256,55 @@ def test_claims_look_up_numbers_and_say_where_there_are_none():
         results("y", "a")
 
 
+def test_numbers_come_with_their_errors():
+    rows = [{"a": 1.0, "a_se": 0.1, "a_each": [0.9, 1.1], "mean": 2.0, "standard_error": 0.2}]
+    results = Results({"x": rows}, {})
+    a, mean = results("x", "a"), results("x", "mean")
+    assert (a, a.error, a.each) == (1.0, 0.1, (0.9, 1.1))
+    assert (mean, mean.error, mean.each) == (2.0, 0.2, ())
+
+
+def test_above_asks_for_two_standard_errors():
+    assert above(Measured(2.0, 0.3), Measured(1.0, 0.3)) is True  # 1 > 2 √0.18 = 0.85
+    assert above(Measured(2.0, 0.3), Measured(1.0, 0.5)) is None  # 2 √0.34 = 1.17
+    assert above(Measured(1.0, 0.3), Measured(2.0, 0.3)) is False
+    assert above(Measured(1.0), 0.5) is True  # measured once
+    assert above(1.0, 1.0) is None
+    assert above(Measured(1.0, 0.1), Measured(1.1, 0.1), by=-0.5) is True
+    assert above(Measured(1.0, 0.1), Measured(0.2, 0.1), times=4) is None  # error 0.41
+    # Seeds are far apart, their differences are not: 0.1, 0.2, 0.3 with error 0.058.
+    a, b = (1.1, 2.2, 3.3), (1.0, 2.0, 3.0)
+    assert above(Measured(2.2, 0.6, a), Measured(2.0, 0.6, b)) is True
+    assert above(Measured(2.2, 0.6), Measured(2.0, 0.6)) is None
+
+
+def test_most_sets_by_a_sign_test():
+    # P(at least k of n): 5 of 5 is 1/32, 8 of 10 is 56/1024, 9 of 10 is 11/1024.
+    assert [mostly(Share(k, n)) for k, n in ((5, 5), (4, 4), (8, 10), (9, 10), (1, 10))] == [
+        True,
+        None,
+        None,
+        True,
+        False,
+    ]
+
+
+def test_every_is_three_valued():
+    assert every(True, True) is True
+    assert every(True, None) is None
+    assert every(None, np.False_) is False
+
+
+def test_the_largest_difference_is_judged_among_all_sets():
+    values = {"s": ([1.0, 1.2, 1.1], [1.0, 1.0, 1.3]), "t": ([3.0, 3.1, 2.9], [1.0, 1.0, 1.0])}
+    rows = table({s: {"a": a, "b": b} for s, (a, b) in values.items()})
+    found = largest_difference("x", "nll", "a", "b")(Results({}, {"x": rows}))
+    assert found["largest difference (t)"] == pytest.approx(2.0)
+    assert found["largest difference (t)"].error == pytest.approx(0.1 / math.sqrt(3))
+    # t = 2 √3 / 0.1 = 34.6 with 2 degrees of freedom: p = 1 - t / √(t² + 2), of two sets.
+    assert found["p, least of 2 sets"] == pytest.approx(2 * (1 - 1200**0.5 / 1202**0.5), rel=1e-6)
+
+
 def test_every_claim_of_a_measured_suite_finds_its_numbers():
     files = {p.stem: json.loads(p.read_text()) for p in page.harness.RESULTS.glob("*.json")}
     results = Results({name: f["results"] for name, f in files.items()}, {})
@@ -222,6 +325,14 @@ def test_markdown():
 
 
 # -- truths of the toys ----------------------------------------------------------------------------
+
+
+def test_the_reference_is_no_distance_of_another_model():
+    for toy, method in (("gap", "IVON"), ("linear", "MAP"), ("linear", "NUTS")):
+        assert same_model(toy, method)
+    # Hidden layers, the reference itself, another model, another prior.
+    for toy, method in (("linear", "SSVI"), ("gap", "NUTS"), ("gap", "GP"), ("gap", "ABNN")):
+        assert not same_model(toy, method)
 
 
 @pytest.mark.parametrize("name", [n for n, t in TOYS.items() if t.classes])

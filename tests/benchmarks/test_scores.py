@@ -2,11 +2,9 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.peers import QuantileBoosting, SklearnClassifier, categorical, normal
 from benchmarks.scores import class_scores, regression_scores
-from uq.distributions import Empirical
 
 
 def test_scores_of_two_classes():
@@ -34,16 +32,23 @@ def test_scores_of_targets():
     assert found["width_90"] == pytest.approx(2 * 1.644854, rel=1e-5)
 
 
-def test_ten_quantiles_have_a_90_percent_interval_and_no_density():
-    values = np.arange(10.0)[:, None] + np.zeros((10, 3))
-    found = regression_scores(Empirical(values), np.array([0.0, 9.0, 9.1]))
+def test_quantiles_are_a_distribution_without_a_density():
+    class Level:
+        def __init__(self, q):
+            self.q = q
+
+        def predict(self, X):
+            return np.full(len(X), self.q)  # of a target that is uniform on 0 to 1
+
+    model = QuantileBoosting(0)
+    model.models = [Level(q) for q in model.levels]
+    y = np.array([0.04, 0.06, 0.3, 0.96])
+    found = regression_scores(model.predict_distribution(np.zeros((4, 1))), y)
     assert "nll" not in found
-    assert found["coverage_90"] == pytest.approx(2 / 3)
-    # The CRPS of draws at levels (i - 1/2)/10 is twice their mean pinball loss.
-    y, levels = 9.1, QuantileBoosting.levels
-    pinball = np.mean(np.maximum(levels * (y - values[:, 0]), (levels - 1) * (y - values[:, 0])))
-    dist = Empirical(values[:, :1])
-    assert float(dist.crps(torch.tensor([y]))) == pytest.approx(2 * pinball)
+    assert found["coverage_90"] == 0.5
+    # CRPS of a uniform: y² - y + 1/3. Atoms 1/200 apart are off by less than their squared width.
+    assert found["crps"] == pytest.approx(np.mean(y**2 - y + 1 / 3), abs=1 / 200**2)
+    assert found["width_90"] == pytest.approx(0.9, abs=1 / 200)
 
 
 def test_a_probability_of_0_of_a_peer_is_no_certainty():
