@@ -236,10 +236,15 @@ CLAIMS = (
         "IVON",
         "A step costs about a fifth more than AdamW's",
         "Shen et al. 2024: GPT-2 wall time, 18.5 h against 15 h",
-        "step of a 10.6 M MLP, seconds over those of AdamW (foreach); reference: over ivon-opt's",
-        values("ivon", ratio=("ratio", {"benchmark": "10.6 M MLP, step / AdamW foreach"})),
+        "step of a 10.6 M MLP, seconds over those of both AdamW in PyTorch; "
+        "reference: over ivon-opt's",
+        values(
+            "ivon",
+            foreach=("ratio", {"benchmark": "10.6 M MLP, step / AdamW foreach"}),
+            fused=("ratio", {"benchmark": "10.6 M MLP, step / AdamW fused"}),
+        ),
         values("ivon", ratio=("ratio", {"benchmark": "10.6 M MLP, step / ivon-opt"})),
-        lambda a, b: a["ratio"] <= 1.25,
+        lambda a, b: all(ratio <= 1.25 for ratio in a.values()),
     ),
     Claim(
         "IVON",

@@ -60,8 +60,8 @@ def step_of(name: str) -> Step:
         # The first optimizer of a process imports parts of torch, of which the peak is not ours.
         torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
         return closure
-    if name == "adamw":
-        adamw = torch.optim.AdamW(net.parameters(), 1e-4, foreach=True)
+    if name in ("foreach", "fused"):
+        adamw = torch.optim.AdamW(net.parameters(), 1e-4, **{name: True})
         return lambda: (closure(), adamw.step())
     if name == "uq":
         ours = IVON(net.parameters(), 0.1, ess=60_000, beta2=0.999)
@@ -109,17 +109,20 @@ def peak_bytes(name: str) -> float:
 
 def benchmark_step() -> list[dict[str, Any]]:
     ours = seconds(step_of("uq"))
-    adamw = paired(ours, seconds(step_of("adamw")), repeats=15)
+    adamw, fused = (
+        paired(ours, seconds(step_of(name)), repeats=15) for name in ("foreach", "fused")
+    )
     theirs = paired(ours, seconds(step_of("ivon-opt")), repeats=9)
     size = 4 * sum(p.numel() for p in large_mlp().parameters())
     bare = peak_bytes("none")
     memory = {
         "ours": (peak_bytes("uq") - bare) / size,
-        "peer": (peak_bytes("adamw") - bare) / size,
+        "peer": (peak_bytes("foreach") - bare) / size,
     }
     memory["ratio"] = memory["ours"] / memory["peer"]
     return [
         row("10.6 M MLP, step / AdamW foreach", "s", "<= 1.5", adamw["ratio"] <= 1.5, adamw),
+        row("10.6 M MLP, step / AdamW fused", "s", "<= 1.5", fused["ratio"] <= 1.5, fused),
         row("10.6 M MLP, step / ivon-opt", "s", "<= 0.5", theirs["ratio"] <= 0.5, theirs),
         row(
             "10.6 M MLP, peak memory beside weights, gradients and activations; peer AdamW",

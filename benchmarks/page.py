@@ -398,8 +398,8 @@ def toys_beside_map(rows: pd.DataFrame, method: str) -> pd.DataFrame:
 
 
 def of_sets(value: float, pairs: pd.DataFrame) -> str:
-    """A number, and of how many sets it is."""
-    return f"{number(value)}, {len(pairs)} sets" if len(pairs) else ""
+    """A number, and of how many sets or toys it is."""
+    return f"{number(value)} ({len(pairs)})" if len(pairs) else ""
 
 
 def fit_ratio(rows: dict[str, pd.DataFrame], method: str) -> float | None:
@@ -434,7 +434,7 @@ def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
             both(beside_map(classes, ["ece_debiased"], name), name),
             f"{(images[name] < images['MAP']).sum()} of {len(images)}" if len(images) else "",
             both(strange_beside_map(rows["images"], name), name),
-            of_sets(ratio_to_map(toys, name), toys).replace("sets", "toys"),
+            of_sets(ratio_to_map(toys, name), toys),
             number(ratio) if ratio else "",
         ]
         found.append(cells)
@@ -453,7 +453,8 @@ def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
     ]
     return [
         "Places in average rank among our methods and the peers that have all of a method's sets "
-        "and splits; 1 is the best. What stands beside MAP's is over the splits that both have.",
+        "and splits; 1 is the best. What stands beside MAP's is over the splits that both have, in "
+        "brackets of how many sets or toys.",
         "",
         *markdown(header, found),
         f"A method is picked for the NLL of a kind of table if it is in the best {BEST:.0%} of "
@@ -563,18 +564,24 @@ def _toy_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str
     if mostly_better(pairs, method):
         picks.append("nearness to the exact posterior")
     ratio = number(ratio_to_map(pairs, method))
-    return [f"Its distance to the posterior is {ratio} times MAP's ({len(pairs)} toys)."]
+    toys = f"{len(pairs)} toy{'s' * (len(pairs) > 1)}"
+    return [f"Its distance to the posterior is {ratio} times MAP's ({toys})."]
 
 
 def _cost_sentence(rows: dict[str, pd.DataFrame], method: str, picks: list[str]) -> list[str]:
     ratio = fit_ratio(rows, method)
     if ratio is None:
         return []
-    pairs = [against_map(rows[suite], method) for suite in TABLES if len(rows[suite])]
-    if method == "MAP" or (ratio <= CHEAP and any(as_good(p, method) for p in pairs)):
-        picks.append("a small budget")
     if method == "MAP":
+        picks.append("a small budget")
         return []
+    good_at = [
+        what.lower()
+        for suite, what in TABLES.items()
+        if len(rows[suite]) and as_good(against_map(rows[suite], method), method)
+    ]
+    if ratio <= CHEAP and good_at:
+        picks.append(f"a small budget ({' and '.join(good_at)})")
     size = "cheap" if ratio <= CHEAP else "dear" if ratio > DEAR else "moderate"
     return [f"A fit on a table takes {number(ratio)} times MAP's CPU time ({size})."]
 

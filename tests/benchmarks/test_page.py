@@ -181,7 +181,7 @@ def test_a_small_budget_asks_for_the_nll_too():
         rows = {"uci-regression": pd.DataFrame(made + more), "uci-classification": pd.DataFrame()}
         picks = []
         page._cost_sentence(rows, "IVON", picks)
-        assert picks == ["a small budget"] * picked
+        assert picks == ["a small budget (regression)"] * picked
 
 
 # -- the page --------------------------------------------------------------------------------------
