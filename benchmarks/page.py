@@ -15,6 +15,7 @@ from benchmarks import harness
 from benchmarks.claims import CLAIMS, Measured, NotRun, Results, Share
 from benchmarks.harness import Suite, suite_of
 from benchmarks.measure import is_target
+from benchmarks.methods import NORM
 from benchmarks.ranks import Ranking, average_ranks, common_splits, draw, ranks_around
 from benchmarks.run import TASKS
 from benchmarks.toys import same_model
@@ -288,11 +289,11 @@ def left_out_lines(suite: Suite) -> Lines:
 # -- defaults --------------------------------------------------------------------------------------
 
 
-def against_map(rows: pd.DataFrame, method: str) -> pd.DataFrame:
-    """NLL of a method and of MAP by set, over the splits that both have."""
-    part = rows[rows["method"].isin((method, "MAP"))]
+def against(rows: pd.DataFrame, method: str, base: str = "MAP") -> pd.DataFrame:
+    """NLL of a method and of another by set, over the splits that both have."""
+    part = rows[rows["method"].isin((method, base))]
     found = common_splits(part, "nll").groupby(level="set", sort=False).mean()
-    return found.dropna() if {method, "MAP"} <= set(found.columns) else pd.DataFrame()
+    return found.dropna() if {method, base} <= set(found.columns) else pd.DataFrame()
 
 
 def as_good(pairs: pd.DataFrame, method: str) -> bool:
@@ -315,7 +316,7 @@ def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
         for method in suite_of(suite).methods:
             if method not in OURS or method == "MAP" or not len(table):
                 continue
-            pairs = against_map(table, method)
+            pairs = against(table, method)
             if pairs.empty:
                 continue
             won = int((pairs[method] <= pairs["MAP"]).sum())
@@ -477,6 +478,7 @@ def advice_lines(tables: dict[str, pd.DataFrame]) -> Lines:
             table = rows[suite]
             if len(table) and (table["method"] == method.name).any():
                 text += _standing(table, method.name, what, picks)
+        text += _base_sentence(rows, method.name)
         text += _error_sentence(rows["uci-regression"], method.name)
         text += _coverage_sentence(rows["uci-regression"], method.name)
         text += _class_sentence(rows["uci-classification"], method.name, picks)
@@ -529,6 +531,22 @@ def _coverage_sentence(rows: pd.DataFrame, method: str) -> list[str]:
     ]
 
 
+def _base_sentence(rows: dict[str, pd.DataFrame], method: str) -> list[str]:
+    """What a method brings beyond the network that it starts from, where that is not MAP's."""
+    if method != "ABNN":
+        return []
+    found = []
+    for suite, what in TABLES.items():
+        pairs = against(rows[suite], method, NORM) if len(rows[suite]) else pd.DataFrame()
+        if len(pairs):
+            won = int((pairs[method] <= pairs[NORM]).sum())
+            found.append(f"{won} of {len(pairs)} sets ({what.lower()})")
+    if not found:
+        return []
+    sets = ", ".join(found)
+    return [f"Its NLL is as good as that of MAP on its own network ({NORM}) on {sets}."]
+
+
 def _error_sentence(rows: pd.DataFrame, method: str) -> list[str]:
     pairs = beside_map(rows, ["rmse"], method)
     return [f"Its RMSE is {number(ratio_to_map(pairs, method))} times MAP's."] if len(pairs) else []
@@ -578,7 +596,7 @@ def _cost_sentence(rows: dict[str, pd.DataFrame], method: str, picks: list[str])
     good_at = [
         what.lower()
         for suite, what in TABLES.items()
-        if len(rows[suite]) and as_good(against_map(rows[suite], method), method)
+        if len(rows[suite]) and as_good(against(rows[suite], method), method)
     ]
     if ratio <= CHEAP and good_at:
         picks.append(f"a small budget ({' and '.join(good_at)})")
