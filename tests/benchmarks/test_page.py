@@ -243,8 +243,16 @@ def test_defaults_are_judged_by_the_rule(tmp_path):
     rows += made_up_rows("uci-regression", ["IVON"], sets, rng, nll=0.9, coverage_90=0.9)
     rows += made_up_rows("uci-regression", ["VBLL"], sets, rng, nll=1.1, coverage_90=0.99)
     text = render(written(tmp_path, "uci-regression", rows)).read_text()
-    assert "| uci-regression | IVON | 3/3 | yes | -0.100 | 90.0% | yes |" in text
-    assert "| uci-regression | VBLL | 0/3 | **no** | +0.100 | 99.0% | **no** |" in text
+    assert "| uci-regression | IVON | 3/3 | yes | -0.100 | 0 | 0 | 90.0% | yes |" in text
+    assert "| uci-regression | VBLL | 0/3 | **no** | +0.100 | 0 | 0 | 99.0% | **no** |" in text
+
+
+def test_sets_are_told_apart_by_errors_of_the_difference():
+    ours = {"s": [0.9, 1.9, 2.8], "t": [1.1, 2.1, 3.2], "u": [0.0, 3.0, 3.1], "v": [0.0, 0.0]}
+    rows = table(
+        {s: {"a": v, "MAP": [1.0, 2.0, 3.0][: len(v)]} for s, v in ours.items()}
+    )  # differences of s and t agree, of u do not, of v are two
+    assert page.told_apart(rows, "a") == (1, 1)
 
 
 def test_claims_look_up_numbers_and_say_where_there_are_none():
