@@ -51,9 +51,9 @@ def categorical(probs: Arrays) -> CategoricalMixture:
     return CategoricalMixture(torch.as_tensor(probs, dtype=torch.float64).log()[None])
 
 
-def mlp_with_norm(shape: Any, d_out: int) -> MLP:
+def mlp_with_norm(d_in: int, d_out: int) -> MLP:
     """The network that ABNN takes by default, for MAP."""
-    return MLP(shape[0], (64, 64), d_out, norm=True)
+    return MLP(d_in, (64, 64), d_out, norm=True)
 
 
 # -- regression ------------------------------------------------------------------------------------

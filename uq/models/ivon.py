@@ -359,8 +359,9 @@ class IVONClassifier(_IVON, Classifier):
     The posterior is mean-field: it leaves out correlations between weights, so uncertainty hardly
     grows in a gap between clusters of data, and on few rows with little noise, predictions are too
     cautious. Modules with batch normalisation or dropout add noise of their own and are better
-    replaced (GroupNorm, LayerNorm). With ``patience`` the held-out score is that of the mean
-    weights.
+    replaced (GroupNorm, LayerNorm). Few rows of many columns with noisy labels are over-fitted
+    within the default prior: lower ``prior_scale``, or take ``patience="auto"``, whose held-out
+    score is that of the mean weights.
 
     References
     ----------
