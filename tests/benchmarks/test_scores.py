@@ -3,8 +3,10 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.methods import map_with_norm
 from benchmarks.peers import QuantileBoosting, SklearnClassifier, categorical, normal
 from benchmarks.scores import class_scores, regression_scores
+from uq.models.registry import estimator_class
 
 
 def test_scores_of_two_classes():
@@ -61,3 +63,16 @@ def test_a_probability_of_0_of_a_peer_is_no_certainty():
     model = SklearnClassifier(Certain()).fit(np.zeros((9, 1)), np.zeros(9))
     dist = model.predict_distribution(np.zeros((1, 1)))
     np.testing.assert_allclose(dist.probs.numpy(), [[0.95, 0.05]])
+
+
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_map_runs_on_the_network_of_abnn(task):
+    model = map_with_norm(task).make("any", 0)
+    X = np.random.default_rng(0).standard_normal((40, 3))
+    model.set_params(max_epochs=1).fit(X, X[:, 0] if task == "regression" else X[:, 0] > 0)
+    abnn = estimator_class("abnn", task)(max_epochs=1, base_max_epochs=1, random_state=0)
+    ours, theirs = (
+        [tuple(p.shape) for p in m.posterior_.network.body.parameters()]
+        for m in (model, abnn.fit(X, X[:, 0] if task == "regression" else X[:, 0] > 0))
+    )
+    assert ours == theirs
