@@ -652,7 +652,7 @@ def claim_lines(results: Results) -> Lines:
                 rows.append([*row, "not run", "", "not run"])
                 continue
             held = c.holds(ours, theirs)
-            why = f": {c.why_not}" if c.why_not and not held else ""
+            why = f": {c.why_not}" if c.why_not and words[held] == words[False] else ""
             rows.append([*row, shown(ours), shown(theirs), words[held] + why])
         header = ["claim", "source", "setting here", "ours", "reference", "holds"]
         lines += [f"### {method}", "", *markdown(header, rows)]

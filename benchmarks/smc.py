@@ -15,13 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from sklearn.datasets import make_moons
 from torch import Tensor, nn
 
 from benchmarks.data import DATA
-from benchmarks.measure import paired, row
+from benchmarks.measure import mean_rows, paired, row
 from uq import MAPClassifier, MAPRegressor, PartialBNNClassifier, PartialBNNRegressor
 from uq.calibration import expected_calibration_error
 from uq.inference import RandomWalk, SMCSampler
@@ -252,15 +251,7 @@ def moon_scores(model: Any, X: np.ndarray, y: np.ndarray) -> Row:
 
 def table(part: str, scores: list[Row], keys: tuple[str, ...]) -> list[Row]:
     """Mean and standard error over seeds of each method."""
-    frame, rows = pd.DataFrame(scores), []
-    for key, group in frame.groupby(list(keys), sort=False):
-        found: Row = {"part": part, **dict(zip(keys, key, strict=True)), "seeds": len(group)}
-        for name in group.columns.drop([*keys, "seed"]):
-            if group[name].notna().all():
-                found[name] = round(float(group[name].mean()), 4)
-                found[f"{name}_se"] = round(float(group[name].std(ddof=1) / len(group) ** 0.5), 4)
-        rows.append(found)
-    return rows
+    return [{"part": part, **r} for r in mean_rows(scores, list(keys), over="seed")]
 
 
 MOON_METHODS: dict[str, tuple[Any, Row]] = {

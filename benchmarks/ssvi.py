@@ -230,6 +230,7 @@ def benchmark_table() -> list[dict[str, Any]]:
         for key, values in scores.items():
             line[key] = round(float(values.mean()), 4)
             line[f"{key}_se"] = round(float(values.std(ddof=1) / math.sqrt(len(values))), 4)
+            line[f"{key}_each"] = [float(f"{v:.4g}") for v in values]
         if name == "SSVI":
             ratio_limit, drop_limit = limits[density]
             static = results[density, "static mask"]

@@ -13,6 +13,7 @@ from benchmarks.claims import (
     Results,
     Share,
     above,
+    alike,
     every,
     largest_difference,
     mostly,
@@ -295,6 +296,12 @@ def test_most_sets_by_a_sign_test():
         True,
         False,
     ]
+
+
+def test_alike_is_small_or_not_told():
+    assert alike(-0.04, 0.001, within=0.05) is True
+    assert alike(-0.06, 0.3, within=0.05) is None
+    assert alike(-0.06, 0.03, within=0.05) is False
 
 
 def test_every_is_three_valued():
