@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import t as student_t
 
 Verdict = bool | None
 
@@ -47,18 +48,19 @@ class Share(float):
 
 
 def above(a: float, b: float, *, by: float = 0.0, times: float = 1.0) -> Verdict:
-    """Whether a > times b + by: None where they differ by less than two standard errors.
+    """Whether a > times b + by: None where the 95 % interval of the difference holds 0.
 
-    Those of the differences by seed where both have the same seeds, else as if independent.
+    Student's interval of the differences by seed where both have the same seeds; else two standard
+    errors, as if independent.
     """
-    difference, error = a - times * b - by, 0.0
+    difference, half = a - times * b - by, 0.0
     if isinstance(a, Measured) and isinstance(b, Measured):
-        if len(a.each) == len(b.each) > 1:
+        if (n := len(a.each)) == len(b.each) > 1:
             pairs = np.subtract(a.each, np.multiply(times, b.each))
-            error = float(pairs.std(ddof=1) / math.sqrt(len(pairs)))
+            half = float(student_t.ppf(0.975, n - 1) * pairs.std(ddof=1) / math.sqrt(n))
         else:
-            error = math.hypot(*np.nan_to_num([a.error, times * b.error]))
-    return None if abs(difference) <= 2 * error else difference > 0
+            half = 2 * math.hypot(*np.nan_to_num([a.error, times * b.error]))
+    return None if abs(difference) <= half else difference > 0
 
 
 def mostly(share: float) -> Verdict:

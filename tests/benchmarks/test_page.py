@@ -249,7 +249,7 @@ def test_defaults_are_judged_by_the_rule(tmp_path):
 
 
 def test_sets_are_told_apart_by_errors_of_the_difference():
-    ours = {"s": [0.9, 1.9, 2.8], "t": [1.1, 2.1, 3.2], "u": [0.0, 3.0, 3.1], "v": [0.0, 0.0]}
+    ours = {"s": [0.9, 1.9, 2.88], "t": [1.1, 2.1, 3.12], "u": [0.0, 3.0, 3.1], "v": [0.0, 0.0]}
     rows = table(
         {s: {"a": v, "MAP": [1.0, 2.0, 3.0][: len(v)]} for s, v in ours.items()}
     )  # differences of s and t agree, of u do not, of v are two
@@ -281,10 +281,12 @@ def test_above_asks_for_two_standard_errors():
     assert above(1.0, 1.0) is None
     assert above(Measured(1.0, 0.1), Measured(1.1, 0.1), by=-0.5) is True
     assert above(Measured(1.0, 0.1), Measured(0.2, 0.1), times=4) is None  # error 0.41
-    # Seeds are far apart, their differences are not: 0.1, 0.2, 0.3 with error 0.058.
-    a, b = (1.1, 2.2, 3.3), (1.0, 2.0, 3.0)
-    assert above(Measured(2.2, 0.6, a), Measured(2.0, 0.6, b)) is True
-    assert above(Measured(2.2, 0.6), Measured(2.0, 0.6)) is None
+    # Seeds are far apart, their differences are not: 0.1, 0.2, 0.15 with error 0.029, times 4.30.
+    a, b = (1.1, 2.2, 3.15), (1.0, 2.0, 3.0)
+    assert above(Measured(2.15, 0.6, a), Measured(2.0, 0.6, b)) is True
+    assert above(Measured(2.15, 0.6), Measured(2.0, 0.6)) is None
+    # 0.1, 0.2, 0.3 with error 0.058: 3.5 of them are too few of three seeds.
+    assert above(Measured(2.2, 0.6, (1.1, 2.2, 3.3)), Measured(2.0, 0.6, b)) is None
 
 
 def test_most_sets_by_a_sign_test():
