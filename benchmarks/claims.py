@@ -525,8 +525,8 @@ CLAIMS = (
         "ImplicitVI",
         "Regression with a gap: noise near 0.3, spread in the gap above that on the data",
         "Uppal et al. 2023, toy",
-        "the same data, network and steps, the prior weighed by 0.1; (1) fewer steps, more inputs of "
-        "the generator and the whole prior; reference: NUTS with the whole prior",
+        "the same data, network and steps, the prior weighed by 0.1; (1) fewer steps, more inputs "
+        "of the generator and the whole prior; reference: NUTS with the whole prior",
         values(
             "implicit", **gap("implicit VI, L', authors' settings"), **gap("implicit VI, L'", "_1")
         ),
