@@ -17,6 +17,7 @@ from benchmarks.claims import (
     every,
     largest_difference,
     mostly,
+    near,
 )
 from benchmarks.page import markdown, newest, render, with_error
 from benchmarks.ranks import average_ranks, cliques, critical_difference, ranks_around
@@ -304,6 +305,14 @@ def test_alike_is_small_or_not_told():
     assert alike(-0.04, 0.001, within=0.05) is True
     assert alike(-0.06, 0.3, within=0.05) is None
     assert alike(-0.06, 0.03, within=0.05) is False
+
+
+def test_near_has_an_interval():
+    # Half of the interval of three seeds with error 0.02: 4.30 * 0.02 = 0.086.
+    three = (0.0, 0.0, 0.0)
+    assert near(Measured(0.35), 0.3, within=0.06) is True
+    assert near(Measured(0.44, 0.02, three), 0.3, within=0.06) is None
+    assert near(Measured(0.45, 0.02, three), 0.3, within=0.06) is False
 
 
 def test_every_is_three_valued():
