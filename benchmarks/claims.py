@@ -162,7 +162,8 @@ def largest_difference(suite: str, metric: str, a: str, b: str) -> Callable[[Res
         by_set = (pairs[a] - pairs[b]).groupby(level="set")
         means, count = by_set.mean(), by_set.count()
         worst = str(means.abs().idxmax())
-        p = min(float(ttest_1samp(x, 0).pvalue) for _, x in by_set if len(x) > 1)
+        several = (x for _, x in by_set if len(x) > 1)
+        p = min((float(ttest_1samp(x, 0).pvalue) for x in several), default=1.0)
         return {
             f"largest difference ({worst})": Measured(means[worst], float(by_set.sem()[worst])),
             f"p, least of {len(count)} sets": min(1.0, p * len(count)),

@@ -11,9 +11,9 @@ model; a split is a draw of the data.
 - ``spread``: mean epistemic uncertainty over the grid, divided by the reference's (standard
   deviations of the function, or mutual information).
 
-The reference has the model of a method where ``same_model`` says so: of a Gaussian process, of
-another network or of PFN's prior the distance is also that of the models. NUTS beside its own
-longer chains shows what is left to chance.
+GP, PFN, PartialBNN, SDM, ABNN and MaskedBNN have other models or priors than the reference, and so
+have those with a hidden layer on the linear toy: their distance is also that of the models. NUTS
+beside its own longer chains shows what is left to chance.
 """
 
 from __future__ import annotations

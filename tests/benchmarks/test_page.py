@@ -327,6 +327,8 @@ def test_the_largest_difference_is_judged_among_all_sets():
     found = largest_difference("x", "nll", "a", "b")(Results({}, {"x": rows}))
     assert found["largest difference (t)"] == pytest.approx(2.0)
     assert found["largest difference (t)"].error == pytest.approx(0.1 / math.sqrt(3))
+    alone = largest_difference("x", "nll", "a", "b")(Results({}, {"x": rows[rows["split"] == 0]}))
+    assert alone["p, least of 2 sets"] == 1.0  # one split tells nothing
     # t = 2 √3 / 0.1 = 34.6 with 2 degrees of freedom: p = 1 - t / √(t² + 2), of two sets.
     assert found["p, least of 2 sets"] == pytest.approx(2 * (1 - 1200**0.5 / 1202**0.5), rel=1e-6)
 
