@@ -311,11 +311,12 @@ def run(
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         [f"benchmarks.{name.replace('-', '_')}", "lightning.fabric", "gpytorch"]
     )
-    lock, added = threading.Lock(), []
+    lock, preparing, added = threading.Lock(), threading.Lock(), []
 
     def work(i: int, task: Task) -> None:
-        with lock:
-            suite.prepare(task.set, task.split)
+        with preparing:
+            if time.monotonic() < end:
+                suite.prepare(task.set, task.split)
         left = end - time.monotonic()
         found = runner(name, task, left) if left > 0 else None
         if found is None:

@@ -121,6 +121,7 @@ METHODS = {
         lambda name, seed: LaplaceClassifier(point(name, seed)), "laplace-torch"
     ),
 }
+
 SUITE = Suite(
     name="images",
     sets=SPLITS,

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student_t
 
 from benchmarks import harness
-from benchmarks.claims import CLAIMS, Measured, NotRun, Results, Share
+from benchmarks.advice import OURS, advice_lines, default_lines, is_of_strange, relative_cost
+from benchmarks.claims import CLAIMS, NotRun, Results
 from benchmarks.harness import Suite, suite_of
+from benchmarks.markdown import Lines, folded, markdown, number, with_error
 from benchmarks.measure import is_target
-from benchmarks.methods import NORM
-from benchmarks.ranks import Ranking, average_ranks, common_splits, draw, ranks_around
+from benchmarks.ranks import average_ranks, draw
 from benchmarks.run import TASKS
-from benchmarks.toys import same_model
-from uq.models.registry import METHODS
-
-Lines = list[str]
-OURS = {m.name for m in METHODS.values()}
-# Share of sets that makes a clear majority, and what a mean 90 % coverage may be.
-MAJORITY, COVERAGE = 2 / 3, (0.85, 0.95)
-# A fit that takes at most this many times MAP's is cheap, and one beyond the second dear.
-CHEAP, DEAR = 2.0, 10.0
-# Share of the methods that are among the best in rank.
-BEST = 1 / 4
-# Fewest tables, and toys or kinds of strange images, from which anything is concluded.
-TABLES_LEAST, OTHERS_LEAST = 6, 3
-# Fewest values of which a standard error is shown.
-ERROR_LEAST = 3
-TABLES = {"uci-regression": "Regression", "uci-classification": "Classes"}
+from benchmarks.verdicts import ERROR_LEAST, Measured, Share
 
 NAMES = {
     "nll": "NLL (nats)",
@@ -89,35 +74,7 @@ def in_order(table: pd.DataFrame, suite: Suite) -> pd.DataFrame:
     return table.loc[rows, [s for s in suite.sets if s in table.columns]]
 
 
-# -- Markdown --------------------------------------------------------------------------------------
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Lines:
-    """A table."""
-    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
-    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
-
-
-def folded(title: str, lines: Lines) -> Lines:
-    """Lines that are shown on a click."""
-    return [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
-
-
-def number(value: float) -> str:
-    """Three significant digits."""
-    if not np.isfinite(value):
-        return "∞" if value > 0 else "–"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def with_error(mean: float, error: float) -> str:
-    """A mean, to the second digit of its standard error."""
-    if not np.isfinite(error) or not np.isfinite(mean):
-        return number(mean)
-    if error == 0:
-        return f"{mean:.3g} ± 0"
-    digits = max(0, 1 - int(np.floor(np.log10(error))))
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+# -- parts of the page -----------------------------------------------------------------------------
 
 
 def metric_table(table: pd.DataFrame, suite: Suite, metric: str) -> Lines:
@@ -149,16 +106,13 @@ def metric_table(table: pd.DataFrame, suite: Suite, metric: str) -> Lines:
     return markdown(["", *(f"{s} ({most[s]:.0f})" for s in mean.columns)], rows)
 
 
-# -- parts of the page -----------------------------------------------------------------------------
-
-
 def command(suite: str) -> str:
     return f"`python -m benchmarks.run {suite} --jobs 2`"
 
 
 def suite_lines(suite: Suite, table: pd.DataFrame, plots: Path) -> Lines:
     """Tables of all metrics, ranks, times, errors and what is left out."""
-    rows = good(table) if len(table) else table
+    rows = good(table)
     planned = sum(1 for _ in suite.tasks())
     lines = [
         (import_module(f"benchmarks.{suite.name.replace('-', '_')}").__doc__ or "").strip(),
@@ -210,11 +164,6 @@ def rank_lines(rows: pd.DataFrame, suite: str, metric: str, plots: Path) -> Line
     return lines
 
 
-def is_of_strange(metric: str) -> bool:
-    """Whether a column is the AUROC of strange images."""
-    return metric.startswith("auroc_") and metric != "auroc_errors"
-
-
 def strange_lines(rows: pd.DataFrame, suite: Suite) -> Lines:
     """AUROC of strange images, and NLL on rotated ones."""
     lines: Lines = ["### Strange and rotated images", ""]
@@ -224,16 +173,6 @@ def strange_lines(rows: pd.DataFrame, suite: Suite) -> Lines:
         elif metric.startswith("nll_"):
             lines += folded(f"NLL, rotated by {metric[4:]}", metric_table(rows, suite, metric))
     return lines
-
-
-def relative_cost(rows: pd.DataFrame, column: str, method: str) -> float:
-    """Geometric mean over sets of a method's seconds over MAP's, each on a split that both have."""
-    seconds = rows.pivot_table(index=["set", "split"], columns="method", values=column)
-    if method not in seconds or "MAP" not in seconds:
-        return float("nan")
-    # Splits may have been measured on different machines, the methods of one mostly on one.
-    ratios = np.log(seconds[method] / seconds["MAP"]).groupby(level="set").mean()
-    return float(np.exp(ratios.mean()))
 
 
 def time_lines(rows: pd.DataFrame, suite: Suite) -> Lines:
@@ -287,337 +226,6 @@ def left_out_lines(suite: Suite) -> Lines:
     return folded("Not run, and why", markdown(["method", "sets", "reason"], rows)) if rows else []
 
 
-# -- defaults --------------------------------------------------------------------------------------
-
-
-def against(rows: pd.DataFrame, method: str, base: str = "MAP") -> pd.DataFrame:
-    """NLL of a method and of another by set, over the splits that both have."""
-    part = rows[rows["method"].isin((method, base))]
-    found = common_splits(part, "nll").groupby(level="set", sort=False).mean()
-    return found.dropna() if {method, base} <= set(found.columns) else pd.DataFrame()
-
-
-def as_good(pairs: pd.DataFrame, method: str) -> bool:
-    """Whether a method is at least as good as MAP on a clear majority."""
-    return len(pairs) > 0 and bool((pairs[method] <= pairs["MAP"]).mean() >= MAJORITY)
-
-
-def told_apart(rows: pd.DataFrame, method: str) -> tuple[int, int]:
-    """Sets on which a method's NLL is below MAP's, and above, beyond Student's 95 % interval."""
-    part = common_splits(rows[rows["method"].isin((method, "MAP"))], "nll")
-    by_set = (part[method] - part["MAP"]).groupby(level="set")
-    means, count = by_set.mean(), by_set.count()
-    half = (by_set.sem() * student_t.ppf(0.975, count - 1)).where(count >= ERROR_LEAST)
-    return int((means < -half).sum()), int((means > half).sum())
-
-
-def default_lines(tables: dict[str, pd.DataFrame]) -> Lines:
-    """Each estimator out of the box against MAP out of the box."""
-    low, high = COVERAGE
-    lines = [
-        "Out of the box on tables, by one rule: an NLL at least as good as MAP's (means over "
-        f"common splits) on {MAJORITY:.0%} of the sets or more, and 90 % intervals that hold "
-        f"{low:.0%} to {high:.0%} on average. Told apart are sets on which Student's 95 % interval "
-        f"of the difference to MAP's NLL is without 0 ({ERROR_LEAST} splits or more).",
-        "",
-    ]
-    rows = []
-    for suite in TABLES:
-        table = good(tables[suite]) if len(tables[suite]) else tables[suite]
-        for method in suite_of(suite).methods:
-            if method not in OURS or method == "MAP" or not len(table):
-                continue
-            pairs = against(table, method)
-            if pairs.empty:
-                continue
-            won = int((pairs[method] <= pairs["MAP"]).sum())
-            verdict = "yes" if as_good(pairs, method) else "**no**"
-            difference = (pairs[method] - pairs["MAP"]).median()
-            cells = [suite, method, f"{won}/{len(pairs)}", verdict, f"{difference:+.3f}"]
-            cells += list(map(str, told_apart(table, method)))
-            if suite == "uci-regression":
-                coverage = coverage_by_set(table, method).mean()
-                cells += [f"{coverage:.1%}", "yes" if low <= coverage <= high else "**no**"]
-            else:
-                cells += ["", ""]
-            rows.append(cells)
-    header = [
-        "suite",
-        "estimator",
-        "sets as good as MAP",
-        "",
-        "median difference of NLL (nats)",
-        "told better",
-        "told worse",
-        "coverage of 90 %",
-        "",
-    ]
-    return [*lines, *(markdown(header, rows) if rows else ["No rows yet.", ""])]
-
-
-# -- when to pick which ----------------------------------------------------------------------------
-
-
-def place(rows: pd.DataFrame, method: str) -> tuple[int, Ranking] | None:
-    """Place of a method in NLL among those that have all of its sets and splits."""
-    ranking = ranks_around(rows, "nll", method) if len(rows) else None
-    if ranking is None:
-        return None
-    return int((ranking.ranks < ranking.ranks[method]).sum()) + 1, ranking
-
-
-def coverage_by_set(rows: pd.DataFrame, method: str) -> pd.Series:
-    """Coverage of a method's 90 % intervals by set; empty where there is none."""
-    part = rows[rows["method"] == method] if len(rows) else rows
-    return part.groupby("set")["coverage_90"].mean() if len(part) else pd.Series(dtype=float)
-
-
-def beside_map(rows: pd.DataFrame, metrics: Iterable[str], method: str) -> pd.DataFrame:
-    """Means by set and metric of a method and of MAP, on splits that both have."""
-    part = rows[rows["method"].isin((method, "MAP"))] if len(rows) and method != "MAP" else rows[:0]
-    found = [
-        common_splits(part, m).groupby(level="set").mean()
-        for m in metrics
-        if m in part and set(part.loc[part[m].notna(), "method"]) == {method, "MAP"}
-    ]
-    return pd.concat(found).dropna() if found else pd.DataFrame(columns=[method, "MAP"])
-
-
-def mostly_better(
-    pairs: pd.DataFrame, method: str, *, high: bool = False, least: int = OTHERS_LEAST
-) -> bool:
-    """Whether a method beats MAP on a clear majority, and on average, of ``least`` or more."""
-    gain = (pairs[method] - pairs["MAP"]) * (1 if high else -1)
-    return len(pairs) >= least and bool((gain > 0).mean() >= MAJORITY and gain.mean() > 0)
-
-
-def strange_beside_map(rows: pd.DataFrame, method: str) -> pd.DataFrame:
-    """AUROC of all kinds of strange images, of a method and of MAP."""
-    return beside_map(rows, filter(is_of_strange, rows.columns), method)
-
-
-def both(pairs: pd.DataFrame, method: str) -> str:
-    """A method's mean, and MAP's in brackets."""
-    return f"{pairs[method].mean():.3f} ({pairs['MAP'].mean():.3f})" if len(pairs) else ""
-
-
-def ratio_to_map(pairs: pd.DataFrame, method: str) -> float:
-    """Geometric mean of a method's values over MAP's."""
-    return float(np.exp(np.log(pairs[method] / pairs["MAP"]).mean())) if len(pairs) else np.nan
-
-
-def toys_beside_map(rows: pd.DataFrame, method: str) -> pd.DataFrame:
-    """Distances to the posterior of a method's own model, and MAP's, by toy."""
-    pairs = beside_map(rows, ["distance"], method)
-    return pairs[[same_model(str(toy), method) for toy in pairs.index]]
-
-
-def of_sets(value: float, pairs: pd.DataFrame) -> str:
-    """A number, and of how many sets or toys it is."""
-    return f"{number(value)} ({len(pairs)})" if len(pairs) else ""
-
-
-def fit_ratio(rows: dict[str, pd.DataFrame], method: str) -> float | None:
-    """CPU time of a fit over MAP's, on tables; None where there is none."""
-    ratios = [
-        r
-        for suite in TABLES
-        if len(rows[suite])
-        and np.isfinite(r := relative_cost(rows[suite], "fit_cpu_seconds", method))
-    ]
-    return float(np.exp(np.mean(np.log(ratios)))) if ratios else None
-
-
-def overview_lines(rows: dict[str, pd.DataFrame]) -> Lines:
-    """All methods in one table."""
-    found = []
-    for method in METHODS.values():
-        name = method.name
-        cells = [f"**{name}**"]
-        for suite in TABLES:
-            at = place(rows[suite], name)
-            sets = f", {at[1].n_sets} sets" if at else ""
-            cells.append(f"{at[0]} of {len(at[1].ranks)}{sets}" if at else "")
-        regression, classes = rows["uci-regression"], rows["uci-classification"]
-        coverage, ratio = coverage_by_set(regression, name), fit_ratio(rows, name)
-        errors, toys = beside_map(regression, ["rmse"], name), toys_beside_map(rows["toys"], name)
-        images = beside_map(rows["images"], ["nll"], name)
-        cells += [
-            of_sets(ratio_to_map(errors, name), errors),
-            both(beside_map(classes, ["accuracy"], name), name),
-            f"{coverage.mean():.0%}" if len(coverage) else "",
-            both(beside_map(classes, ["ece_debiased"], name), name),
-            f"{(images[name] < images['MAP']).sum()} of {len(images)}" if len(images) else "",
-            both(strange_beside_map(rows["images"], name), name),
-            of_sets(ratio_to_map(toys, name), toys),
-            number(ratio) if ratio else "",
-        ]
-        found.append(cells)
-    header = [
-        "",
-        "NLL, regression",
-        "NLL, classes",
-        "RMSE over MAP's",
-        "accuracy (MAP's)",
-        "90 % coverage",
-        "ECE (MAP's)",
-        "image sets with a better NLL than MAP's",
-        "strange images, AUROC (MAP's)",
-        "distance to the posterior over MAP's",
-        "fit over MAP's, tables",
-    ]
-    return [
-        "Places in average rank among our methods and the peers that have all of a method's sets "
-        "and splits; 1 is the best. What stands beside MAP's is over the splits that both have, in "
-        "brackets of how many sets or toys.",
-        "",
-        *markdown(header, found),
-        f"A method is picked for the NLL of a kind of table if it is in the best {BEST:.0%} of "
-        f"{TABLES_LEAST} sets or more; for calibrated class probabilities, strange images or "
-        f"nearness to the posterior if it beats MAP on {MAJORITY:.0%} of {TABLES_LEAST} sets "
-        f"({OTHERS_LEAST} kinds of images or toys) or more and on average; for a small budget if a "
-        f"fit takes at most {CHEAP:.0f} times MAP's CPU time and its NLL is as good as MAP's on "
-        f"{MAJORITY:.0%} of a kind of table.",
-        "",
-    ]
-
-
-def advice_lines(tables: dict[str, pd.DataFrame]) -> Lines:
-    """An overview, and a paragraph for each method of sentences whose numbers are looked up."""
-    rows = {name: good(t) if len(t) else t for name, t in tables.items()}
-    lines = overview_lines(rows)
-    for method in METHODS.values():
-        text, picks = [], []
-        for suite, what in TABLES.items():
-            table = rows[suite]
-            if len(table) and (table["method"] == method.name).any():
-                text += _standing(table, method.name, what, picks)
-        text += _base_sentence(rows, method.name)
-        text += _error_sentence(rows["uci-regression"], method.name)
-        text += _coverage_sentence(rows["uci-regression"], method.name)
-        text += _class_sentence(rows["uci-classification"], method.name, picks)
-        text += _image_sentence(rows["images"], method.name, picks)
-        text += _toy_sentence(rows["toys"], method.name, picks)
-        text += _cost_sentence(rows, method.name, picks)
-        if not text:
-            text = ["no rows yet."]
-        elif picks:
-            text.append(f"Pick it for {', '.join(picks)}.")
-        else:
-            text.append("By these rules nothing speaks for it over the others.")
-        lines += [f"**{method.name}** ({method.cost}). " + " ".join(text), ""]
-    return lines
-
-
-def _standing(rows: pd.DataFrame, method: str, what: str, picks: list[str]) -> list[str]:
-    at = place(rows, method)
-    if at is None:
-        return [f"{what}: not ranked (fewer than two sets or methods)."]
-    i, ranking = at
-    rank, k = ranking.ranks[method], len(ranking.ranks)
-    near = rank - ranking.ranks.iloc[0] <= ranking.critical
-    if i <= BEST * k and ranking.n_sets >= TABLES_LEAST:
-        picks.append(f"the NLL of {what.lower()}")
-    return [
-        f"{what}: place {i} of {k} in NLL (average rank {rank:.1f} over {ranking.n_sets} sets; "
-        f"{'not told from' if near else 'significantly behind'} the best)."
-    ]
-
-
-def _coverage_sentence(rows: pd.DataFrame, method: str) -> list[str]:
-    by_set = coverage_by_set(rows, method)
-    if by_set.empty:
-        return []
-    low, high = COVERAGE
-    within = int(by_set.between(low, high).sum())
-    if by_set.mean() < low:
-        verdict = "conformalise them"
-    elif by_set.mean() > high:
-        verdict = "wider than they need be"
-    elif within >= MAJORITY * len(by_set):
-        verdict = "calibrated enough to use as they are"
-    else:
-        verdict = "right on average alone, so conformalise them"
-    return [
-        f"Its 90 % intervals hold {by_set.mean():.0%} on average, {by_set.min():.0%} to "
-        f"{by_set.max():.0%} by set, {low:.0%} to {high:.0%} on {within} of {len(by_set)}: "
-        f"{verdict}."
-    ]
-
-
-def _base_sentence(rows: dict[str, pd.DataFrame], method: str) -> list[str]:
-    """What a method brings beyond the network that it starts from, where that is not MAP's."""
-    if method != "ABNN":
-        return []
-    found = []
-    for suite, what in TABLES.items():
-        pairs = against(rows[suite], method, NORM) if len(rows[suite]) else pd.DataFrame()
-        if len(pairs):
-            won = int((pairs[method] <= pairs[NORM]).sum())
-            found.append(f"{won} of {len(pairs)} sets ({what.lower()})")
-    if not found:
-        return []
-    sets = ", ".join(found)
-    return [f"Its NLL is as good as that of MAP on its own network ({NORM}) on {sets}."]
-
-
-def _error_sentence(rows: pd.DataFrame, method: str) -> list[str]:
-    pairs = beside_map(rows, ["rmse"], method)
-    return [f"Its RMSE is {number(ratio_to_map(pairs, method))} times MAP's."] if len(pairs) else []
-
-
-def _class_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    ece = beside_map(rows, ["ece_debiased"], method)
-    if ece.empty:
-        return []
-    if mostly_better(ece, method, least=TABLES_LEAST):
-        picks.append("calibrated class probabilities")
-    right = beside_map(rows, ["accuracy"], method)
-    return [
-        f"Beside MAP's in brackets: accuracy {both(right, method)}, debiased ECE "
-        f"{both(ece, method)}."
-    ]
-
-
-def _image_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    strange, nll = strange_beside_map(rows, method), beside_map(rows, ["nll"], method)
-    if strange.empty:
-        return []
-    if mostly_better(strange, method, high=True):
-        picks.append("finding strange images")
-    gains = ", ".join(f"{name} {x:+.3f}" for name, x in (nll[method] - nll["MAP"]).items())
-    return [f"Images: NLL less MAP's {gains}; AUROC of strange ones {both(strange, method)}."]
-
-
-def _toy_sentence(rows: pd.DataFrame, method: str, picks: list[str]) -> list[str]:
-    pairs = toys_beside_map(rows, method)
-    if pairs.empty:
-        return []
-    if mostly_better(pairs, method):
-        picks.append("nearness to the exact posterior")
-    ratio = number(ratio_to_map(pairs, method))
-    toys = f"{len(pairs)} toy{'s' * (len(pairs) > 1)}"
-    return [f"Its distance to the posterior is {ratio} times MAP's ({toys})."]
-
-
-def _cost_sentence(rows: dict[str, pd.DataFrame], method: str, picks: list[str]) -> list[str]:
-    ratio = fit_ratio(rows, method)
-    if ratio is None:
-        return []
-    if method == "MAP":
-        picks.append("a small budget")
-        return []
-    good_at = [
-        what.lower()
-        for suite, what in TABLES.items()
-        if len(rows[suite]) and as_good(against(rows[suite], method), method)
-    ]
-    if ratio <= CHEAP and good_at:
-        picks.append(f"a small budget ({' and '.join(good_at)})")
-    size = "cheap" if ratio <= CHEAP else "dear" if ratio > DEAR else "moderate"
-    return [f"A fit on a table takes {number(ratio)} times MAP's CPU time ({size})."]
-
-
 # -- papers, speed, calibration --------------------------------------------------------------------
 
 
@@ -655,8 +263,10 @@ def claim_lines(results: Results) -> Lines:
                 rows.append([*row, "not run", "", "not run"])
                 continue
             held = c.holds(ours, theirs)
-            why = f": {c.why_not}" if c.why_not and words[held] == words[False] else ""
-            rows.append([*row, shown(ours), shown(theirs), words[held] + why])
+            verdict = words[held if held is None else bool(held)]
+            if verdict == words[False] and c.why_not:
+                verdict += f": {c.why_not}"
+            rows.append([*row, shown(ours), shown(theirs), verdict])
         header = ["claim", "source", "setting here", "ours", "reference", "holds"]
         lines += [f"### {method}", "", *markdown(header, rows)]
     return lines
@@ -762,7 +372,8 @@ def render(out: Path = harness.RESULTS) -> Path:
     tables = {name: newest(harness.read(out / f"{name}.jsonl")) for name in TASKS}
     files = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json"))}
     whole = {name: found["results"] for name, found in files.items()}
-    results = Results(whole, {n: good(t) if len(t) else t for n, t in tables.items()})
+    rows = {name: good(table) for name, table in tables.items()}
+    results = Results(whole, rows)
     lines = [
         "# Results",
         "",
@@ -772,8 +383,8 @@ def render(out: Path = harness.RESULTS) -> Path:
         "",
     ]
     parts: dict[str, Callable[[], Lines]] = {
-        "When to pick which": lambda: advice_lines(tables),
-        "Defaults": lambda: default_lines(tables),
+        "When to pick which": lambda: advice_lines(rows),
+        "Defaults": lambda: default_lines(rows),
         **{
             title: lambda name=name: suite_lines(suite_of(name), tables[name], plots)
             for title, name in (

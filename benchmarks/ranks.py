@@ -60,9 +60,7 @@ def average_ranks(rows: pd.DataFrame, metric: str, *, everywhere: bool) -> Ranki
     means = rows.pivot_table(index="set", columns="method", values=metric)
     means = means.dropna(axis=1 if everywhere else 0, how="any")
     chosen = rows[rows["set"].isin(means.index) & rows["method"].isin(means.columns)]
-    if means.shape[1] < 2 or len(means) < 2:
-        return None
-    return _ranked(common_splits(chosen, metric))
+    return _ranked(common_splits(chosen, metric)) if len(chosen) else None
 
 
 def ranks_around(rows: pd.DataFrame, metric: str, method: str) -> Ranking | None:

@@ -134,6 +134,15 @@ def test_the_budget_ends_the_run(made_up, tmp_path):
     assert len(fill(tmp_path, budget=1.0)) == 4
 
 
+def test_what_tasks_share_is_prepared_within_the_budget(made_up, tmp_path):
+    prepared = []
+    made_up(replace(suite(a=1.0), prepare=lambda name, split: prepared.append((name, split))))
+    assert fill(tmp_path, budget=0.0) == []
+    assert prepared == []  # a reference of minutes is not begun after the budget
+    assert len(fill(tmp_path, sets=["large"])) == 1
+    assert prepared == [("large", 0)]
+
+
 def test_unknown_names_are_named(made_up, tmp_path):
     made_up(suite(a=1.0))
     with pytest.raises(SystemExit, match="method 'c' is unknown"):

@@ -5,24 +5,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import page
-from benchmarks.claims import (
-    CLAIMS,
-    Measured,
-    NotRun,
-    Results,
-    Share,
-    above,
-    alike,
-    every,
-    largest_difference,
-    mostly,
-    near,
-)
-from benchmarks.page import markdown, newest, render, with_error
+from benchmarks import advice, page
+from benchmarks.claims import CLAIMS, NotRun, Results, largest_difference
+from benchmarks.markdown import markdown, with_error
+from benchmarks.page import newest, render
 from benchmarks.ranks import average_ranks, cliques, critical_difference, ranks_around
 from benchmarks.run import TASKS
 from benchmarks.toys import TOYS, exact_linear, load, same_model
+from benchmarks.verdicts import Measured, Share, above, alike, every, mostly, near
 from uq.models.registry import METHODS
 
 
@@ -154,20 +144,20 @@ def test_better_than_map_is_a_clear_majority_and_the_mean():
     rows = table(
         {s: {"a": [a, 9.0], "MAP": [2.0]} for s, a in (("s", 1.0), ("t", 1.0), ("u", 3.0))}
     )
-    pairs = page.beside_map(rows, ["nll", "not there"], "a")
+    pairs = advice.beside_map(rows, ["nll", "not there"], "a")
     assert pairs["a"].to_list() == [1.0, 1.0, 3.0]  # split 1 is not MAP's
-    assert page.mostly_better(pairs, "a")
-    assert not page.mostly_better(pairs, "a", least=4)
-    assert not page.mostly_better(pairs, "a", high=True)
-    assert not page.mostly_better(pairs[1:], "a")  # one of two
-    assert not page.mostly_better(pairs.replace(3.0, 9.0), "a")  # the mean is worse
-    assert page.ratio_to_map(pairs, "a") == pytest.approx((0.5 * 0.5 * 1.5) ** (1 / 3))
+    assert advice.mostly_better(pairs, "a")
+    assert not advice.mostly_better(pairs, "a", least=4)
+    assert not advice.mostly_better(pairs, "a", high=True)
+    assert not advice.mostly_better(pairs[1:], "a")  # one of two
+    assert not advice.mostly_better(pairs.replace(3.0, 9.0), "a")  # the mean is worse
+    assert advice.ratio_to_map(pairs, "a") == pytest.approx((0.5 * 0.5 * 1.5) ** (1 / 3))
 
 
 def test_a_majority_within_the_band_is_asked_of_intervals():
     def verdict(*coverages):
         rows = pd.DataFrame({"set": range(len(coverages)), "coverage_90": coverages, "method": "a"})
-        return page._coverage_sentence(rows, "a")[0]
+        return advice._coverage_sentence(rows, "a")[0]
 
     assert "calibrated enough" in verdict(0.9, 0.86, 0.97)
     assert "right on average alone" in verdict(0.9, 0.8, 1.0)
@@ -182,7 +172,7 @@ def test_a_small_budget_asks_for_the_nll_too():
         more = made_up_rows("uci-regression", ["IVON"], ["yacht", "boston"], rng, nll=nll)
         rows = {"uci-regression": pd.DataFrame(made + more), "uci-classification": pd.DataFrame()}
         picks = []
-        page._cost_sentence(rows, "IVON", picks)
+        advice._cost_sentence(rows, "IVON", picks)
         assert picks == ["a small budget (regression)"] * picked
 
 
@@ -254,7 +244,7 @@ def test_sets_are_told_apart_by_errors_of_the_difference():
     rows = table(
         {s: {"a": v, "MAP": [1.0, 2.0, 3.0][: len(v)]} for s, v in ours.items()}
     )  # differences of s and t agree, of u do not, of v are two
-    assert page.told_apart(rows, "a") == (1, 1)
+    assert advice.told_apart(rows, "a") == (1, 1)
 
 
 def test_claims_look_up_numbers_and_say_where_there_are_none():
